@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vrlt_fast.data.check import check_dataset
+from vrlt_fast.data.draw import write_mp4, write_png
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    frames = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), np.uint8)
+    write_mp4(frames, tmp_path / "two_seconds.mp4")
+    write_png(frames[0], tmp_path / "image.mp4")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "noise.mp4").write_bytes(frames[0].tobytes())
+    return tmp_path
+
+
+def write(root: Path, **changes: object) -> Path:
+    line = {
+        "id": "a",
+        "video": "two_seconds.mp4",
+        "duration": 2,
+        "task": "grounding",
+        "question": "When?",
+        "spans": [[0, 2]],
+    }
+    (root / "x.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "id": "b", **changes}) + "\n")
+    return root / "x.jsonl"
+
+
+def test_counts_of_a_good_file(root: Path):
+    steps: list[tuple[int, int]] = []
+    report = check_dataset(write(root), progress=lambda done, total: steps.append((done, total)))
+    assert report.ok
+    assert (report.samples, report.videos, report.per_task) == (2, 1, {"grounding": 2})
+    assert (report.shortest, report.mean, report.longest) == (2, 2, 2)
+    assert steps == [(1, 1)]
+    assert "2 good samples" in report.summary()
+    assert "no problems" in report.summary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"video": "empty.mp4"}, "VRLT-V02"),
+        ({"video": "noise.mp4"}, "VRLT-V02"),
+        ({"video": "none.mp4"}, "VRLT-V01"),
+        ({"duration": 9, "spans": [[1, 2.6]]}, "VRLT-D05"),
+        ({"task": "none"}, "VRLT-D04"),
+    ],
+)
+def test_problems_have_their_line(root: Path, changes: dict, code: str):
+    report = check_dataset(write(root, **changes))
+    assert [(problem.code, problem.where) for problem in report.problems] == [(code, "x.jsonl:2")]
+    assert not report.ok
+
+
+def test_rounding_of_durations_is_no_problem(root: Path):
+    assert check_dataset(write(root, duration=9, spans=[[1, 2.4]])).ok
+
+
+def test_headers_can_be_left_alone(root: Path):
+    assert check_dataset(write(root, video="noise.mp4"), open_videos=False).ok

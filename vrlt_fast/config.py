@@ -1,0 +1,199 @@
+"""The configuration: one frozen, typed tree. Defaults < TOML files (left to right) < command line.
+
+Unknown keys are errors with a suggestion. Doesn't import torch. docs/config.md is generated from the descriptions here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    name: str = ""
+    """Folder of an HF model (config.json, safetensors, tokenizer), or a hub name that is in the local HF cache."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of the weights and of the computation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is a device."""
+    freeze_vision: bool = True
+    """Keep the vision tower and its merger at their loaded weights."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of the language model."""
+
+
+class DataConfig(_Section):
+    train: str = ""
+    """JSONL file of training samples (docs/data.md)."""
+    eval: str = ""
+    """JSONL file of held-out samples; empty: no evaluation."""
+    root: str = ""
+    """Folder that video paths are relative to, and may not leave; empty: the folder of the JSONL file."""
+    max_failed_share: Share = 0.05
+    """Stop with exit 3 when more than this share of the last 500 videos failed (and at least 3 did)."""
+
+
+class VideoConfig(_Section):
+    sampling: Literal["qwen_utils", "fps", "uniform"] = "qwen_utils"
+    """How frames are chosen: qwen_utils (frames a second, as qwen-vl-utils), fps (at exact multiples of 1 / fps), uniform (max_frames)."""
+    fps: Annotated[float, Field(gt=0.0, le=240.0)] = 2.0
+    """Frames sampled per second of video (qwen_utils, fps)."""
+    min_frames: Annotated[int, Field(ge=2)] = 4
+    """Fewest frames of one video."""
+    max_frames: Annotated[int, Field(ge=2, le=8192)] = 64
+    """Most frames of one video."""
+    min_pixels: Positive = 100_352
+    """Fewest pixels of one frame after resizing (100352 = 128 tokens of 28 x 28)."""
+    max_pixels: Positive = 151_200
+    """Most pixels of one frame after resizing."""
+    cache_gb: Annotated[float, Field(ge=0.0)] = 4.0
+    """Host memory for decoded patches, in GB (10^9 bytes); 0 turns the cache off."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> VideoConfig:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+
+class PromptConfig(_Section):
+    video_layout: Literal["native", "interleaved"] = "native"
+    """native: one block of video tokens, as Qwen2.5-VL was released; interleaved: frame pairs between timestamp texts."""
+    think: bool = True
+    """Ask for reasoning inside think tags before the answer, and reward the tags."""
+    system: str = ""
+    """System message; empty: the chat template's own."""
+
+
+class SftConfig(_Section):
+    steps: Count = 0
+    """Optimizer steps of supervised warm-up on the training set's own answers."""
+    batch: Positive = 16
+    """Samples a step."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Peak learning rate; linear warm-up, then cosine to 10 %."""
+
+
+class RolloutConfig(_Section):
+    group_size: Annotated[int, Field(ge=1)] = 8
+    """Responses a prompt (G)."""
+    prompts: Positive = 8
+    """Prompts a step."""
+    max_new_tokens: Positive = 768
+    """Longest response, in tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature; the loss uses the same one."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling: smallest set of tokens with this probability."""
+    top_k: Count = 0
+    """Sample among the k likeliest tokens only; 0: all."""
+
+
+class RewardConfig(_Section):
+    semantic: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the discrete part: the option is right."""
+    temporal: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the continuous part: tIoU of the predicted with the annotated spans."""
+    format: Annotated[float, Field(ge=0.0)] = 0.5
+    """Weight of the format part: the response follows the grammar of its task exactly."""
+    shuffle: bool = False
+    """Control experiment: hand each response another response's reward of the same step."""
+
+
+class GrpoConfig(_Section):
+    steps: Count = 1000
+    """Optimizer steps of GRPO."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Peak learning rate; linear warm-up, then constant."""
+    beta: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight of the k3 KL against the policy at the start of the stage; 0: no reference is kept."""
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: Annotated[float, Field(gt=0.0)] = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    updates: Positive = 1
+    """Optimizer steps a rollout (mu); above 1 the rollout's policy is scored once as the old one."""
+    scale: Literal["std", "none"] = "std"
+    """Divide the group's centred rewards by their standard deviation (GRPO) or not (Dr.GRPO)."""
+    reduction: Literal["token", "sequence"] = "token"
+    """Mean over all response tokens of the step, or over tokens of each response and then over responses."""
+
+
+class OptimConfig(_Section):
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW weight decay (matrices only; norms and biases have none)."""
+    warmup: Count = 10
+    """Steps of linear warm-up at the start of each stage."""
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest norm of the gradient."""
+
+
+class TrainConfig(_Section):
+    out: str = "runs/run"
+    """Run folder; must not exist, unless --resume."""
+    stages: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
+    """Stages in order."""
+    seed: Count = 0
+    """Seed of data order, sampling and initialisation."""
+    deterministic: bool = False
+    """Bitwise repeatable on the same machine and thread count; slower on a GPU."""
+    threads: Count = 0
+    """CPU threads of torch; 0: torch's own choice."""
+    micro_rows: Positive = 64
+    """Responses (GRPO) or samples (SFT) in one forward pass; the gradient is accumulated over the step."""
+
+
+class CheckpointConfig(_Section):
+    every: Count = 50
+    """Steps between checkpoints inside a stage; 0: only at the end of a stage. The end of a stage always writes one."""
+    keep: Positive = 2
+    """Checkpoints inside a stage that are kept; older ones are removed once a newer one is complete."""
+
+
+class LogConfig(_Section):
+    to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Writers beside metrics.jsonl and the console, each from a package of its own."""
+    project: str = "vrlt"
+    """Project name for trackio and wandb."""
+
+
+class EvalConfig(_Section):
+    samples: Count = 0
+    """Held-out questions to use, spread over the tasks; 0: all."""
+    responses: Count = 4
+    """Sampled answers a question beside the greedy one."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of the sampled answers."""
+    prompts: Positive = 16
+    """Prompts in one evaluation batch."""
+
+
+class Config(_Section):
+    """The whole tree; the sections are the tables of a TOML file."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    video: VideoConfig = VideoConfig()
+    prompt: PromptConfig = PromptConfig()
+    sft: SftConfig = SftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()

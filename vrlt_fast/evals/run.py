@@ -1,0 +1,168 @@
+"""Evaluation of a model on held-out questions: greedy and sampled answers, metrics, per-question predictions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vrlt_fast.config import Config
+from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.data.sample import TASKS, Sample
+from vrlt_fast.errors import ConfigError, DataError, Problem, VrltError
+from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
+from vrlt_fast.files import write_lines
+from vrlt_fast.model.load import VideoLM, inspect_model, load_model
+from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.rollout.engine import RolloutRequest, generate
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.video.cache import ClipLoader
+from vrlt_fast.video.preprocess import Clip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``metrics`` for greedy and sampled answers, ``rows`` of eval/LABEL.jsonl, ``failed`` questions whose video can't be read."""
+
+    metrics: dict[str, Metrics]
+    rows: list[dict[str, Any]]
+    failed: list[VrltError]
+
+
+def pick_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """``count`` samples spread evenly over the tasks (all when 0), the same for the same seed, in file order."""
+    if count == 0 or count >= len(samples):
+        return list(samples)
+    rng = random.Random(f"eval-{seed}")
+    piles = [[i for i, s in enumerate(samples) if s.task == task] for task in TASKS]
+    for pile in piles:
+        rng.shuffle(pile)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        for pile in piles:
+            if pile and len(chosen) < count:
+                chosen.append(pile.pop())
+    return [samples[i] for i in sorted(chosen)]
+
+
+def evaluate(
+    lm: VideoLM,
+    samples: Sequence[Sample],
+    loader: ClipLoader,
+    config: Config,
+    *,
+    root: Path,
+    temperatures: Sequence[float] | None = None,
+    alter: Callable[[Clip], Clip] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Answer every question greedily and ``eval.responses`` times sampled.
+
+    Args:
+        temperatures: of the sampled answers, default ``eval.temperature``; the keys of ``metrics`` are "greedy", then
+            "sampled" (for the first) and "sampled@T" for further ones.
+        alter: changes each clip first, for example to grey pictures.
+        progress: called with the number of questions done since the last call.
+    """
+    temps = list(temperatures or [config.eval.temperature])
+    names = ["sampled", *(f"sampled@{t}" for t in temps[1:])]
+    failed: list[VrltError] = []
+    done: dict[str, list[list[Scored]]] = {name: [] for name in ["greedy", *names]}
+    kept: list[Sample] = []
+    for prompts in _batches(lm, samples, loader, config, root=root, alter=alter, failed=failed):
+        kept += [p.sample for p in prompts]
+        for name, temperature in zip(["greedy", *names], [0.0, *temps], strict=True):
+            n = 1 if name == "greedy" else config.eval.responses
+            done[name] += _answers(lm, prompts, config, n, temperature, first=len(kept))
+        if progress:
+            progress(len(prompts))
+    metrics = {name: summarise([s for group in groups for s in group]) for name, groups in done.items() if groups}
+    return Evaluation(metrics, [_row(s, g, t) for s, g, t in zip(kept, done["greedy"], done["sampled"], strict=True)], failed)
+
+
+def _batches(
+    lm: VideoLM,
+    samples: Sequence[Sample],
+    loader: ClipLoader,
+    config: Config,
+    *,
+    root: Path,
+    alter: Callable[[Clip], Clip] | None,
+    failed: list[VrltError],
+) -> Iterator[list[Prompt]]:
+    for start in range(0, len(samples), config.eval.prompts):
+        prompts = []
+        for sample in samples[start : start + config.eval.prompts]:
+            try:
+                clip = loader.load(resolve_video(sample, root))
+                clip = alter(clip) if alter else clip
+                reserve = config.rollout.max_new_tokens
+                prompts.append(encode_prompt(lm.info, sample, clip, config.prompt, reserve=reserve))
+            except DataError as error:
+                failed.append(error)
+        if prompts:
+            yield prompts
+
+
+def _answers(
+    lm: VideoLM, prompts: Sequence[Prompt], config: Config, n: int, temperature: float, *, first: int
+) -> list[list[Scored]]:
+    if n == 0:
+        return [[] for _ in prompts]
+    sampling = Sampling(config.rollout.max_new_tokens, temperature)
+    base = config.train.seed * 1_000_003 + first
+    requests = [RolloutRequest(p, n, sampling, seed=base + i) for i, p in enumerate(prompts)]
+    groups, _ = generate(lm, requests)
+    think = config.prompt.think
+    return [[score(c.response, g.request.prompt.sample, think=think) for c in g.completions] for g in groups]
+
+
+def _row(sample: Sample, greedy: Sequence[Scored], sampled: Sequence[Scored]) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "task": sample.task,
+        "video": sample.video,
+        "duration": sample.duration,
+        "question": sample.question,
+        "options": list(sample.options),
+        "answer": sample.answer,
+        "spans": [list(s) for s in sample.spans],
+        "greedy": greedy[0].to_json(),
+        "sampled": [s.to_json() for s in sampled],
+    }
+
+
+def evaluate_folder(
+    config: Config, out: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Metrics]:
+    """Evaluate the model folder ``config.model.name`` on ``config.data.eval``; write the predictions to ``out`` if given.
+
+    Raises:
+        VrltError: as the readers and the loader; V codes when videos can't be read (after the predictions are written).
+    """
+    if not config.data.eval:
+        raise ConfigError(Problem("VRLT-C04", "nothing to evaluate on", "data.eval", fix="pass --data FILE.jsonl"))
+    samples = pick_samples(read_jsonl(Path(config.data.eval), data_root(config, "eval")), config.eval.samples, config.train.seed)
+    lm = load_model(config.model, inspect_model(config.model.name))
+    loader = ClipLoader(config.video, lm.info.geometry)
+    count = 0
+
+    def tick(n: int) -> None:
+        nonlocal count
+        count += n
+        if progress:
+            progress(count, len(samples))
+
+    result = evaluate(lm, samples, loader, config, root=data_root(config, "eval"), progress=tick)
+    if out is not None:
+        write_lines(out, result.rows)
+    if result.failed:
+        raise DataError([p for error in result.failed for p in error.problems])
+    return result.metrics
+
+
+def data_root(config: Config, split: str) -> Path:
+    """Folder that the video paths of ``data.train`` or ``data.eval`` are relative to."""
+    return Path(config.data.root) if config.data.root else Path(getattr(config.data, split)).parent

@@ -1,0 +1,1 @@
+"""Models: loading, tiny random ones, prompts, positions, vision tower, language-model passes over a group layout."""

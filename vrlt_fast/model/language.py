@@ -1,0 +1,95 @@
+"""Passes of the language model over a group layout: the prompt once, the responses on top of its keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vrlt_fast.model.layout import GroupLayout
+from vrlt_fast.model.load import VideoLM
+
+
+@dataclass
+class KeyValues:
+    """Keys and values a layer, each [P, kv_heads, L, d]: what transformers' attention asks of a cache, and no more."""
+
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.append(key)
+        self.values.append(value)
+        return key, value
+
+
+@dataclass
+class Extension:
+    """The keys and values of the prompts, repeated for their rows, in front of the rows' own. Keeps the graph."""
+
+    prefix: KeyValues
+    group: torch.Tensor
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = torch.cat([self.prefix.keys[layer].index_select(0, self.group), key], dim=2)
+        values = torch.cat([self.prefix.values[layer].index_select(0, self.group), value], dim=2)
+        return keys, values
+
+
+def run_text(
+    lm: VideoLM, embeds: torch.Tensor, positions: torch.Tensor, cache: object, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Hidden states [B, T, hidden] after the final norm. ``mask`` bool [B, 1, T, keys]; None: causal."""
+    out = lm.module.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask={"full_attention": mask},
+        past_key_values=cache,
+        use_cache=False,
+    )
+    return out.last_hidden_state  # type: ignore[no-any-return]
+
+
+def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+    """Input embeddings [P, L, hidden] with the clips' embeddings put in by place, never by token id."""
+    embeds = lm.module.get_input_embeddings()(layout.ids)
+    flat = embeds.flatten(0, 1).index_copy(0, layout.visual, vision.to(embeds.dtype))
+    return flat.view_as(embeds)
+
+
+def prefill(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tuple[torch.Tensor, KeyValues]:
+    """One pass over the prompts. Returns the hidden state [P, hidden] of each prompt's last token, and the prefix KV.
+
+    Padding stands on the right, so the causal mask alone keeps it out.
+    """
+    cache = KeyValues()
+    hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, cache, None)
+    return hidden[torch.arange(len(hidden), device=hidden.device), layout.lengths - 1], cache
+
+
+def response_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
+    """bool [rows, 1, queries, L + queries]: a response token sees its prompt and what stands before it in its row."""
+    device, width = layout.ids.device, layout.ids.shape[1]
+    prefix = torch.arange(width, device=device) < layout.lengths[layout.group][:, None]
+    own = torch.ones(queries, queries, dtype=torch.bool, device=device).tril()
+    rows = len(layout.group)
+    return torch.cat(
+        [prefix[:, None, None, :].expand(rows, 1, queries, width), own.expand(rows, 1, queries, queries)], dim=3
+    )
+
+
+def response_logits(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+    """Logits [N, vocab] that predict every response token, rows in order, padding left out. N = sum of response lengths.
+
+    The prompt runs once a group; its keys and values, and its last hidden state, feed all responses, with gradients.
+    """
+    last, prefix = prefill(lm, layout, vision)
+    hidden = last.index_select(0, layout.group)[:, None]
+    queries = layout.responses.shape[1] - 1
+    if queries > 0:
+        embeds = lm.module.get_input_embeddings()(layout.responses[:, :-1])
+        positions = layout.response_positions[:, :-1].expand(3, -1, -1)
+        mask = response_mask(layout, queries)
+        rest = run_text(lm, embeds, positions, Extension(prefix, layout.group), mask)
+        hidden = torch.cat([hidden, rest], dim=1)
+    return lm.module.lm_head(hidden[layout.mask])  # type: ignore[no-any-return]

@@ -1,0 +1,168 @@
+"""A model folder, checked and opened: weights, tokenizer, and what the rest of the code needs to know of the family."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from vrlt_fast.config import ModelConfig
+from vrlt_fast.errors import Problem, SetupError
+from vrlt_fast.model.attention import SEGMENTS
+from vrlt_fast.video.preprocess import Geometry
+
+MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>", "<|vision_pad|>")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model folder says without its weights."""
+
+    path: str
+    family: str
+    config: Any
+    tokenizer: Any
+    geometry: Geometry
+    video_token: int
+    visual_tokens: tuple[int, ...]
+    stop_tokens: tuple[int, ...]
+    pad_token: int
+    context: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass
+class VideoLM:
+    """An opened model: :class:`ModelInfo` and the HF module with its weights."""
+
+    info: ModelInfo
+    module: Any
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype  # type: ignore[no-any-return]
+
+
+def _problem(code: str, what: str, where: str, why: str = "", fix: str = "") -> SetupError:
+    return SetupError(Problem(code, what, where, why, fix))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``model.device``. Raises SetupError E02 when it isn't there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise _problem(
+            "VRLT-E02", "no CUDA device", "model.device", "torch sees none", "set model.device = \"cpu\", or run: vrlt doctor"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def inspect_model(name: str) -> ModelInfo:
+    """Read config and tokenizer of a model folder (or of a hub name in the local cache) and check them; no weights.
+
+    Raises:
+        SetupError: M01 folder or weights missing, M02 family not supported, M03 tokenizer lacks a token or template.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
+            if not list(folder.glob(pattern)):
+                raise _problem(
+                    "VRLT-M01", f"model folder has no {what}", name, fix="point model.name at a complete HF folder"
+                )
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _problem(
+            "VRLT-M01", "no such model", name, str(error).splitlines()[0], "check model.name, or download the model first"
+        ) from None
+    if config.model_type not in MODELS:
+        raise _problem(
+            "VRLT-M02", f"model type {config.model_type!r} is not supported", name, fix=f"use one of: {', '.join(MODELS)}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _problem("VRLT-M03", "tokenizer can't be read", name, str(error).splitlines()[0]) from None
+    return _describe(name, config, tokenizer)
+
+
+def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
+    known = tokenizer.get_vocab()
+    missing = [t for t in ("<|im_end|>", *VISUAL_TOKENS[:3]) if t not in known]
+    if missing or tokenizer.chat_template is None:
+        lack = f"token {missing[0]}" if missing else "chat template"
+        raise _problem("VRLT-M03", f"tokenizer lacks the {lack}", name, fix="copy the tokenizer files of the original model")
+    vision, end = config.vision_config, known["<|im_end|>"]
+    mean, std = _normalisation(Path(name))
+    return ModelInfo(
+        path=name,
+        family=config.model_type,
+        config=config,
+        tokenizer=tokenizer,
+        geometry=Geometry(patch=vision.patch_size, merge=vision.spatial_merge_size),
+        video_token=config.video_token_id,
+        visual_tokens=tuple(known[t] for t in VISUAL_TOKENS if t in known),
+        stop_tokens=tuple({end, known.get("<|endoftext|>", end)}),
+        pad_token=known.get("<|endoftext|>", end),
+        context=config.text_config.max_position_embeddings,
+        mean=mean,
+        std=std,
+    )
+
+
+def _normalisation(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return CLIP_MEAN, CLIP_STD
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))  # type: ignore[return-value]
+
+
+def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
+    """Open a model for training or evaluation on ``model.device`` in ``model.dtype``.
+
+    Raises:
+        SetupError: as :func:`inspect_model`, and M04 when weights are missing, left over or of the wrong shape.
+    """
+    info = info or inspect_model(model.name)
+    device = pick_device(model.device)
+    try:
+        module, loading = MODELS[info.family].from_pretrained(
+            model.name,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _problem("VRLT-M04", "weights can't be loaded", model.name, str(error).splitlines()[0]) from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[kind]:
+            first = sorted(map(str, loading[kind]))[0]
+            raise _problem(
+                "VRLT-M04", f"{len(loading[kind])} {kind.replace('_', ' ')}, first {first}", model.name,
+                "the weights belong to another configuration", "use the folder as it was saved",
+            )
+    if model.attention == "sdpa":
+        # set behind from_pretrained, which would look for a flash-attn wheel
+        module.model.visual.config._attn_implementation = SEGMENTS
+    module.to(device)
+    module.train()
+    if model.freeze_vision:
+        module.model.visual.requires_grad_(False)
+    return VideoLM(info, module)

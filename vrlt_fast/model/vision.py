@@ -1,0 +1,33 @@
+"""The vision tower over clips: uint8 patches to embeddings, once a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vrlt_fast.model.load import VideoLM
+from vrlt_fast.video.preprocess import Clip
+from vrlt_fast.video.sampling import TUBELET
+
+
+def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> torch.Tensor:
+    """Embeddings [sum of n_tokens, hidden] of the clips, in order; with gradients where the tower is trained.
+
+    A frozen tower runs without a graph.
+    """
+    patches = torch.cat([clip.patches for clip in clips]).to(lm.device)
+    grids = torch.tensor([clip.grid for clip in clips], device=lm.device)
+    tower = lm.module.model.visual
+    frozen = not any(p.requires_grad for p in tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        return tower(normalise(lm, patches), grid_thw=grids).pooler_output  # type: ignore[no-any-return]
+
+
+def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:
+    """(x / 255 - mean) / std of uint8 patches [N, 3 * 2 * p * p], in the tower's dtype."""
+    scale = 1.0 / (255.0 * torch.tensor(lm.info.std, device=patches.device))
+    shift = torch.tensor(lm.info.mean, device=patches.device) / torch.tensor(lm.info.std, device=patches.device)
+    side = TUBELET * lm.info.geometry.patch**2
+    x = patches.view(len(patches), 3, side).float() * scale[:, None] - shift[:, None]
+    return x.flatten(1).to(lm.module.model.visual.dtype)

@@ -1,0 +1,1 @@
+"""Rollouts on the trainer's own weights."""

@@ -1,0 +1,1 @@
+"""The loop: SFT warm-up, GRPO, checkpoints."""

@@ -1,0 +1,87 @@
+"""Samples to prompts for a step. A video that fails is reported, counted and left out; too many stop the run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vrlt_fast.config import Config
+from vrlt_fast.data.readers import resolve_video
+from vrlt_fast.data.sample import Sample
+from vrlt_fast.data.stream import BatchStream
+from vrlt_fast.errors import DataError, Problem
+from vrlt_fast.model.load import ModelInfo
+from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.video.cache import ClipLoader
+
+WINDOW = 500
+"""Videos over which the share of failures is taken."""
+FEWEST = 3
+"""Failures below which a run never stops."""
+
+
+class Feed:
+    """The training samples in seeded order, as prompts.
+
+    Args:
+        warn: called with one line for each failure.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        samples: Sequence[Sample],
+        loader: ClipLoader,
+        config: Config,
+        *,
+        root: Path,
+        warn: Callable[[str], None],
+    ):
+        self.samples, self.failed = samples, 0
+        self._info, self._loader, self._config, self._root, self._warn = info, loader, config, root, warn
+        self._outcomes: deque[bool] = deque(maxlen=WINDOW)
+
+    def next(self, stream: BatchStream) -> list[Prompt]:
+        """The prompts of the next step: fewer than the batch when videos fail, never others in their place.
+
+        Raises:
+            DataError: D12 when more than ``data.max_failed_share`` of the last 500 videos failed.
+        """
+        prompts = []
+        for index in stream.next():
+            sample = self.samples[index]
+            try:
+                clip = self._loader.load(resolve_video(sample, self._root))
+                reserve = self._config.rollout.max_new_tokens
+                prompts.append(encode_prompt(self._info, sample, clip, self._config.prompt, reserve=reserve))
+                self._outcomes.append(True)
+            except DataError as error:
+                self._count(sample, error)
+        return prompts
+
+    def _count(self, sample: Sample, error: DataError) -> None:
+        self.failed += 1
+        self._outcomes.append(False)
+        self._warn(f"{sample.line or sample.id} left out: {error}")
+        lost = self._outcomes.count(False)
+        share, allowed = lost / len(self._outcomes), self._config.data.max_failed_share
+        if lost >= FEWEST and share > allowed:
+            raise DataError(
+                Problem(
+                    "VRLT-D12",
+                    f"{lost} of the last {len(self._outcomes)} videos failed ({share:.0%})",
+                    where=self._config.data.train,
+                    why=f"data.max_failed_share is {allowed:.0%}; the last one: {error.problems[0].what}",
+                    fix="mend or remove the videos (vrlt data check FILE lists them), then: vrlt train ... --resume",
+                )
+            )
+
+    def state(self) -> dict[str, object]:
+        """For the checkpoint."""
+        return {"failed": self.failed, "outcomes": "".join("01"[ok] for ok in self._outcomes)}
+
+    def load(self, state: dict[str, object]) -> None:
+        """Inverse of :meth:`state`."""
+        self.failed = int(str(state["failed"]))
+        self._outcomes = deque((c == "1" for c in str(state["outcomes"])), maxlen=WINDOW)

@@ -1,0 +1,225 @@
+"""Everything that can be found wrong before a run starts, and the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from vrlt_fast.config import Config
+from vrlt_fast.config_load import dump_toml, load_config
+from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.data.sample import Sample
+from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VrltError
+from vrlt_fast.evals.run import data_root, pick_samples
+from vrlt_fast.files import storage_errors, write_text
+from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
+from vrlt_fast.model.prompt import render
+from vrlt_fast.video.decode import VideoIndex, probe
+from vrlt_fast.video.preprocess import smart_resize
+from vrlt_fast.video.sampling import TUBELET, sample_frames
+
+PROBED = 2000
+"""Training videos that are opened before the run; `vrlt data check` opens all."""
+RESOLVED = "config.resolved.toml"
+FREE_TO_CHANGE = {"log", "checkpoint", "eval"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains and evaluates on, checked."""
+
+    info: ModelInfo
+    train: list[Sample]
+    heldout: list[Sample]
+    fingerprint: str
+    broken: tuple[Problem, ...]
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read and check model folder, annotations and videos. Loads no weights, writes nothing.
+
+    ``broken`` lists probed videos that can't be used, when they are few enough for the run to go on without them.
+
+    Raises:
+        VrltError: all problems of the annotation files at once; the model's; D10 for prompts that are too long; D12 with
+            all V codes when more than ``data.max_failed_share`` of the probed videos fail.
+    """
+    if not config.model.name or not config.data.train:
+        key = "model.name" if not config.model.name else "data.train"
+        raise ConfigError(Problem("VRLT-C04", f"{key} is empty", key, fix=f"set {key} in the TOML file, or pass --{key}"))
+    info = inspect_model(config.model.name)
+    pick_device(config.model.device)
+    train = read_jsonl(Path(config.data.train), data_root(config, "train"))
+    heldout: list[Sample] = []
+    if config.data.eval:
+        everything = read_jsonl(Path(config.data.eval), data_root(config, "eval"))
+        heldout = pick_samples(everything, config.eval.samples, config.train.seed)
+    broken = _probe(config, info, train, data_root(config, "train"))
+    broken += _probe(config, info, heldout, data_root(config, "eval")) if heldout else []
+    return Inputs(info, train, heldout, _fingerprint(config), tuple(broken))
+
+
+def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Path) -> list[Problem]:
+    """Open the videos and measure the prompts. Returns the problems of videos that the run can do without."""
+    by_video: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_video.setdefault(sample.video, []).append(sample)
+    videos = list(by_video)[:PROBED]
+    failed: list[Problem] = []
+    long: list[Problem] = []
+    for video in videos:
+        try:
+            index = probe(resolve_video(by_video[video][0], root))
+        except DataError as error:
+            failed += [_at(p, by_video[video][0]) for p in error.problems]
+            continue
+        long += [p for s in by_video[video] if (p := _too_long(config, info, s, index))]
+    if long:
+        raise DataError(long)
+    if failed and len(failed) > config.data.max_failed_share * len(videos):
+        what = f"{len(failed)} of {len(videos)} videos can't be used"
+        head = Problem("VRLT-D12", what, str(root), fix="mend or remove them: vrlt data check FILE lists all")
+        raise DataError([*failed, head])
+    return failed
+
+
+def _at(problem: Problem, sample: Sample) -> Problem:
+    return Problem(problem.code, f"{problem.what} ({problem.where})", sample.line, problem.why, problem.fix)
+
+
+def _too_long(config: Config, info: ModelInfo, sample: Sample, index: VideoIndex) -> Problem | None:
+    video, factor = config.video, info.geometry.factor
+    frames = len(sample_frames(index.n_frames, index.fps, video))
+    height, width = smart_resize(index.height, index.width, factor, video.min_pixels, video.max_pixels)
+    tokens = frames // TUBELET * (height // factor) * (width // factor)
+    timestamps = 8 * frames // TUBELET if config.prompt.video_layout == "interleaved" else 2
+    if tokens + timestamps + config.rollout.max_new_tokens + 32 < info.context // 2 and len(sample.question) < 2000:
+        return None
+    text = len(info.tokenizer(render(info, sample, config.prompt), add_special_tokens=False)["input_ids"])
+    needed = tokens + timestamps + text + config.rollout.max_new_tokens
+    if needed <= info.context:
+        return None
+    return Problem(
+        "VRLT-D10",
+        f"prompt and response need {needed} tokens, the model's context is {info.context}",
+        where=sample.line,
+        why=f"{tokens} tokens are video ({frames} frames of {width} x {height}), {config.rollout.max_new_tokens} response",
+        fix="lower video.max_frames, video.max_pixels or rollout.max_new_tokens",
+    )
+
+
+def _fingerprint(config: Config) -> str:
+    digest = hashlib.sha256(Path(config.data.train).read_bytes())
+    return digest.hexdigest()
+
+
+def create_run_folder(config: Config) -> Path:
+    """Make the run folder with its resolved configuration and versions, whole or not at all.
+
+    Raises:
+        SetupError: R01 it exists, R02 it can't be written, R03 no space.
+    """
+    out = Path(config.train.out)
+    if out.exists():
+        raise SetupError(
+            Problem("VRLT-R01", "run folder exists already", str(out), fix="add --resume, or choose another --train.out")
+        )
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with storage_errors(out):
+        try:
+            aside.mkdir(parents=True)
+            write_text(aside / RESOLVED, dump_toml(config))
+            write_text(aside / "versions.json", json.dumps(versions(config), indent=1) + "\n")
+            (aside / "eval").mkdir()
+            (aside / "checkpoints").mkdir()
+            aside.rename(out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return out
+
+
+def open_run_folder(config: Config) -> Path:
+    """The folder of a run to resume.
+
+    Raises:
+        SetupError: K02 nothing to resume, K03 the configuration differs in more than log, checkpoint and eval.
+    """
+    out = Path(config.train.out)
+    if not (out / RESOLVED).is_file():
+        raise SetupError(Problem("VRLT-K02", "no run to resume", str(out), fix="start it without --resume"))
+    before = load_config([out / RESOLVED], [])
+    changed = [
+        f"{section}.{key}: {old[key]!r} -> {new[key]!r}"
+        for section in set(Config.model_fields) - FREE_TO_CHANGE
+        for old, new in [(getattr(before, section).model_dump(), getattr(config, section).model_dump())]
+        for key in old
+        if old[key] != new[key]
+    ]
+    if changed:
+        raise SetupError(
+            Problem(
+                "VRLT-K03",
+                "the configuration isn't the run's",
+                str(out / RESOLVED),
+                "; ".join(sorted(changed)),
+                f"resume with: vrlt train {out / RESOLVED} --resume",
+            )
+        )
+    return out
+
+
+def versions(config: Config) -> dict[str, str]:
+    """Versions and machine, for versions.json."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "device": _device_name(config)}
+    for name in ("vrlt-fast", "torch", "triton", "transformers", "safetensors", "av"):
+        try:
+            found[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            found[name.replace("-", "_")] = "not installed"
+    found["git"] = _git()
+    return found
+
+
+def _device_name(config: Config) -> str:
+    if pick_device(config.model.device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _git() -> str:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def describe(config: Config, inputs: Inputs) -> str:
+    """What `vrlt train --dry-run` says after the resolved configuration."""
+    lines = [
+        f"model     {inputs.info.path} ({inputs.info.family}, context {inputs.info.context})",
+        f"train     {len(inputs.train)} samples, {len({s.video for s in inputs.train})} videos",
+        f"held out  {len(inputs.heldout)} questions",
+        f"stages    {', '.join(config.train.stages)}",
+        f"per step  {config.rollout.prompts} prompts x {config.rollout.group_size} responses",
+    ]
+    lines += [str(p) for p in inputs.broken]
+    return "\n".join(lines)
+
+
+def first_problem(error: VrltError) -> str:
+    """One line for the console."""
+    return str(error.problems[0]).splitlines()[0]

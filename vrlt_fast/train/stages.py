@@ -1,0 +1,192 @@
+"""The two stages of a run, one step at a time: what is computed, timed and logged."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from vrlt_fast.config import Config
+from vrlt_fast.data.stream import BatchStream
+from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.rewards.dual import dual_reward, unshaped
+from vrlt_fast.rollout.engine import RolloutRequest, RolloutStats, generate
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.optim import apply_step, constant_lr, cosine_lr
+from vrlt_fast.train.sft import answer_tokens, sft_backward
+from vrlt_fast.train.step import ScoredGroup, UpdateStats, grpo_backward, score_groups, score_old, with_rewards
+
+Record = dict[str, Any]
+
+
+class Stage(Protocol):
+    """What the trainer asks of a stage."""
+
+    stream: BatchStream
+    optimizer: torch.optim.Optimizer
+
+    def step(self, step: int) -> tuple[Record, list[Record]]:
+        """One optimizer step (from 1): the train record and the records of completions.jsonl."""
+        ...
+
+
+class Clock:
+    """Wall seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._start = perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + perf_counter() - begin
+
+    @property
+    def seconds(self) -> float:
+        return perf_counter() - self._start
+
+
+class SftStage:
+    """Cross-entropy on the training set's own answers."""
+
+    def __init__(self, config: Config, lm: VideoLM, feed: Feed, stream: BatchStream, optimizer: torch.optim.Optimizer):
+        self.config, self.lm, self.feed, self.stream, self.optimizer = config, lm, feed, stream, optimizer
+
+    def step(self, step: int) -> tuple[Record, list[Record]]:
+        config, clock = self.config, Clock()
+        sft = config.sft
+        with clock.phase("decode"):
+            prompts = self.feed.next(self.stream)
+        lr = cosine_lr(step, sft.steps, sft.lr, config.optim.warmup)
+        record: Record = {"stage": "sft", "step": step, "steps": sft.steps, "lr": lr}
+        if prompts:
+            with clock.phase("update"):
+                answers = [answer_tokens(self.lm.info, p.sample, config.prompt) for p in prompts]
+                loss, tokens = sft_backward(self.lm, prompts, answers, config.train.micro_rows)
+                norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
+            record |= {"loss": loss, "grad_norm": norm, "tokens_s": tokens / clock.seconds}
+        return record | {"seconds": clock.seconds, "phases": clock.phases}, []
+
+
+class GrpoStage:
+    """Group rollouts, the dual reward, and the clipped update against a frozen reference."""
+
+    def __init__(
+        self,
+        config: Config,
+        lm: VideoLM,
+        reference: VideoLM | None,
+        feed: Feed,
+        stream: BatchStream,
+        optimizer: torch.optim.Optimizer,
+    ):
+        self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
+        self.stream, self.optimizer = stream, optimizer
+        self._reward = dual_reward(config.prompt.think)
+        self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
+
+    def step(self, step: int) -> tuple[Record, list[Record]]:
+        config, clock = self.config, Clock()
+        with clock.phase("decode"):
+            prompts = self.feed.next(self.stream)
+        lr = constant_lr(step, config.grpo.steps, config.grpo.lr, config.optim.warmup)
+        record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
+        if not prompts:
+            return record | {"seconds": clock.seconds, "phases": clock.phases}, []
+        groups, rolled = generate(self.lm, self._requests(prompts, step))
+        clock.phases |= rolled.seconds
+        with clock.phase("reward"):
+            scored = score_groups(groups, self._reward, unshaped, self._weights, config.grpo)
+            if config.reward.shuffle:
+                scored = self._shuffled(scored, step)
+        stats, norm = self._update(scored, lr, clock)
+        record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
+        return record, completion_records(scored, step)
+
+    def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
+        rollout = self.config.rollout
+        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        base = (self.config.train.seed * 1_000_003 + step) * 10_007
+        return [RolloutRequest(p, rollout.group_size, sampling, base + i) for i, p in enumerate(prompts)]
+
+    def _shuffled(self, scored: list[ScoredGroup], step: int) -> list[ScoredGroup]:
+        """The control of ``reward.shuffle``: the group's rewards in a random order, which keeps their distribution."""
+        rng = random.Random(f"shuffle-{self.config.train.seed}-{step}")
+        rewards = [rng.sample(s.rewards, len(s.rewards)) for s in scored]
+        return with_rewards([s.group for s in scored], [s.parts for s in scored], rewards, self.config.grpo)
+
+    def _update(self, scored: Sequence[ScoredGroup], lr: float, clock: Clock) -> tuple[UpdateStats, float]:
+        """All optimizer steps on one rollout; returns the counters of the last one."""
+        config, micro_rows = self.config, self.config.train.micro_rows
+        temperature = config.rollout.temperature
+        begin = perf_counter()
+        old = None
+        if config.grpo.updates > 1:
+            old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows)
+        reference_seconds = 0.0
+        for _ in range(config.grpo.updates):
+            stats = grpo_backward(
+                self.lm, self.reference, scored, config.grpo, temperature=temperature, micro_rows=micro_rows, old=old
+            )
+            norm = apply_step(self.lm, self.optimizer, stats.loss, lr, config.optim.grad_clip)
+            reference_seconds += stats.reference_seconds
+        clock.phases["reference"] = reference_seconds
+        clock.phases["update"] = perf_counter() - begin - reference_seconds
+        return stats, norm
+
+
+def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutStats, clock: Clock) -> Record:
+    """The fields of a GRPO train record that are means and counts of the step."""
+    rewards = [r for s in scored for r in s.rewards]
+    parts = [p for s in scored for p in s.parts]
+    responses = [c.response for s in scored for c in s.group.completions]
+    names = [n for n in ("semantic", "temporal", "format") if any(n in p for p in parts)]
+    return {
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.fmean(statistics.pstdev(s.rewards) for s in scored),
+        "parts": {n: statistics.fmean(p[n] for p in parts if n in p) for n in names},
+        "kl": stats.kl / stats.tokens,
+        "clip_share": stats.clipped / stats.tokens,
+        "entropy": stats.entropy / stats.tokens,
+        "length": statistics.fmean(r.n_tokens for r in responses),
+        "truncated": statistics.fmean(r.finish_reason == "length" for r in responses),
+        "loss": stats.loss,
+        "tokens_s": stats.tokens_trained / clock.seconds,
+        "seconds": clock.seconds,
+        "phases": clock.phases,
+        "zero_signal_groups": sum(not s.has_signal for s in scored),
+        "frames_encoded": rolled.frames_encoded,
+        "prefix_tokens_prefilled": rolled.prefix_tokens_prefilled,
+        "tokens_trained": stats.tokens_trained,
+        "tokens_logical": stats.tokens_logical,
+    }
+
+
+def completion_records(scored: Sequence[ScoredGroup], step: int) -> list[Record]:
+    """Lines of completions.jsonl."""
+    return [
+        {
+            "stage": "grpo",
+            "step": step,
+            "id": s.group.request.prompt.sample.id,
+            "task": s.group.request.prompt.sample.task,
+            "prompt": s.group.request.prompt.sample.question,
+            "response": completion.response.text,
+            "n_tokens": completion.response.n_tokens,
+            "finish_reason": completion.response.finish_reason,
+            "parts": parts,
+            "reward": reward,
+            "advantage": advantage,
+        }
+        for s in scored
+        for completion, parts, reward, advantage in zip(s.group.completions, s.parts, s.rewards, s.advantages, strict=True)
+    ]

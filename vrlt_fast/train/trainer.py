@@ -1,0 +1,273 @@
+"""The loop: SFT warm-up, GRPO with the dual reward, checkpoints, evaluation, report."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from vrlt_fast.config import Config
+from vrlt_fast.config_load import dump_toml
+from vrlt_fast.data.stream import BatchStream
+from vrlt_fast.errors import Problem, SetupError, Stopped
+from vrlt_fast.evals.run import data_root, evaluate
+from vrlt_fast.files import write_lines
+from vrlt_fast.model.load import VideoLM, load_model
+from vrlt_fast.report.console import Console
+from vrlt_fast.report.html import write_report
+from vrlt_fast.report.metrics import RunLog, read_jsonl_tolerant, truncate_after
+from vrlt_fast.train.checkpoint import (
+    checkpoint_name,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    load_rng_tensors,
+    load_weights_into,
+    optimizer_tensors,
+    prune,
+    rng_tensors,
+    save_checkpoint,
+)
+from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.optim import make_optimizer
+from vrlt_fast.train.setup import Inputs, create_run_folder, describe, open_run_folder, read_inputs
+from vrlt_fast.train.stages import GrpoStage, SftStage, Stage
+from vrlt_fast.video.cache import ClipLoader
+
+
+def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Run all stages and return the run folder.
+
+    Raises:
+        VrltError: what is wrong with the inputs, before the run folder exists; S02 when a signal stopped the run after a
+            checkpoint; other codes as they happen. Everything but C, D01-D11, M and R01 can go on with ``resume=True``.
+    """
+    console = console or Console()
+    _threads_and_determinism(config)
+    inputs = read_inputs(config)
+    for problem in inputs.broken:
+        console.warn(f"will be left out: {problem}")
+    run_dir = open_run_folder(config) if resume else create_run_folder(config)
+    with ExitStack() as stack:
+        trainer = Trainer(config, inputs, run_dir, console)
+        if resume:
+            trainer.restore()
+        stack.enter_context(trainer.start_log())
+        stack.enter_context(_signals(trainer.stop))
+        trainer.run()
+    console.message(f"report: {write_report(run_dir)}")
+    return run_dir
+
+
+def dry_run(config: Config) -> str:
+    """The resolved configuration and what would be trained; checks everything that :func:`train` checks, writes nothing."""
+    return dump_toml(config) + "\n" + describe(config, read_inputs(config))
+
+
+class Trainer:
+    """State of one run: the model, the reference, the data order, the logs."""
+
+    def __init__(self, config: Config, inputs: Inputs, run_dir: Path, console: Console):
+        self.config, self.inputs, self.run_dir, self.console = config, inputs, run_dir, console
+        torch.manual_seed(config.train.seed)
+        self.lm = load_model(config.model, inputs.info)
+        self.loader = ClipLoader(config.video, inputs.info.geometry)
+        self.feed = Feed(
+            inputs.info, inputs.train, self.loader, config, root=data_root(config, "train"), warn=console.warn
+        )
+        self._log: RunLog | None = None
+        self._resume_from: dict[str, Any] | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._evaluated: set[str] = set()
+        self._stop_signal: str | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    @property
+    def log(self) -> RunLog:
+        if self._log is None:
+            raise RuntimeError("start_log comes first")
+        return self._log
+
+    def start_log(self) -> RunLog:
+        """Open the logs of the run folder."""
+        self._log = RunLog(self.run_dir, self.config.log.to, self.config.log.project)
+        return self._log
+
+    def stop(self, name: str) -> None:
+        """Ask for a checkpoint and an end after the current step."""
+        self._stop_signal = name
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint, and cut the logs back to it. Without one the run starts over."""
+        stages = self.config.train.stages
+        latest = latest_checkpoint(self.checkpoints, stages)
+        if latest is None:
+            self._evaluated = truncate_after(self.run_dir, stages, stages[0], 0)
+            self.console.message(f"no checkpoint in {self.checkpoints} yet: starting from the first step")
+            return
+        loaded = load_checkpoint(latest)
+        if loaded.state["data"] != self.inputs.fingerprint:
+            raise SetupError(
+                Problem("VRLT-K03", "the training file isn't the run's", self.config.data.train, "its bytes have changed")
+            )
+        load_weights_into(latest, self.lm.module, verified=True)
+        self._resume_from, self._tensors = loaded.state, loaded.tensors
+        self._evaluated = truncate_after(self.run_dir, stages, loaded.state["stage"], loaded.state["step"])
+        self.console.message(f"resuming from {latest}")
+
+    def run(self) -> None:
+        """All stages that are left, each followed by an evaluation."""
+        stages = self.config.train.stages
+        done = -1
+        if self._resume_from is not None:
+            done = stages.index(self._resume_from["stage"]) - (0 if self._resume_from["final"] else 1)
+        else:
+            self._evaluate("start", stages[0], 0)
+        for number, name in enumerate(stages):
+            if number > done:
+                self._run_stage(name)
+            if self.steps(name):
+                self._evaluate(name, name, self.steps(name))
+
+    def steps(self, stage: str) -> int:
+        return self.config.sft.steps if stage == "sft" else self.config.grpo.steps
+
+    def _run_stage(self, name: str) -> None:
+        steps = self.steps(name)
+        resumed = self._resume_from if self._resume_from and self._resume_from["stage"] == name else None
+        stage = self._make_stage(name)
+        first = 1
+        if resumed is not None:
+            first = resumed["step"] + 1
+            stage.stream.load(resumed["stream"])
+            self.feed.load(resumed["feed"])
+            load_optimizer_tensors(stage.optimizer, dict(self.lm.module.named_parameters()), self._tensors)
+            load_rng_tensors(self._tensors)
+        self._resume_from, self._tensors = None, {}
+        with self.console.progress(name, steps, plain=False) as advance:
+            advance(first - 1)
+            for step in range(first, steps + 1):
+                record, completions = stage.step(step)
+                record |= {"failed_videos": self.feed.failed, "peak_gb": peak_gb()}
+                self.log.completions(completions)
+                self.log.train(record)
+                self.console.step(record)
+                advance(1)
+                self._after_step(stage, name, step)
+        if not steps:
+            self._save(stage, name, 0, final=True)
+
+    def _make_stage(self, name: str) -> Stage:
+        config = self.config
+        batch = config.sft.batch if name == "sft" else config.rollout.prompts
+        seed = config.train.seed * 2 + config.train.stages.index(name)
+        stream = BatchStream(len(self.inputs.train), batch, seed)
+        lr = config.sft.lr if name == "sft" else config.grpo.lr
+        optimizer = make_optimizer(self.lm, config.optim, lr)
+        if name == "sft":
+            return SftStage(config, self.lm, self.feed, stream, optimizer)
+        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer)
+
+    def _reference(self) -> VideoLM | None:
+        """The frozen policy from which GRPO started: the end of the stage before, or the model folder."""
+        if self.config.grpo.beta == 0:
+            return None
+        reference = load_model(self.config.model, self.inputs.info)
+        before = self.config.train.stages.index("grpo") - 1
+        if before >= 0:
+            load_weights_into(self.checkpoints / checkpoint_name(self.config.train.stages[before], None), reference.module)
+        reference.module.requires_grad_(False)
+        reference.module.eval()
+        return reference
+
+    def _after_step(self, stage: Stage, name: str, step: int) -> None:
+        every, final = self.config.checkpoint.every, step == self.steps(name)
+        if final or self._stop_signal or (every and step % every == 0):
+            self._save(stage, name, step, final=final)
+        if self._stop_signal:
+            out = self.config.train.out
+            raise Stopped(
+                Problem(
+                    "VRLT-S02", f"stopped by {self._stop_signal} after step {step} of {name}", out,
+                    fix="go on with the same command and --resume",
+                )
+            )
+
+    def _save(self, stage: Stage, name: str, step: int, *, final: bool) -> None:
+        parameters = dict(self.lm.module.named_parameters())
+        state = {
+            "stage": name,
+            "step": step,
+            "final": final,
+            "stream": stage.stream.state(),
+            "feed": self.feed.state(),
+            "data": self.inputs.fingerprint,
+        }
+        save_checkpoint(
+            self.checkpoints / checkpoint_name(name, None if final else step),
+            model=self.lm.module,
+            tokenizer_files=Path(self.inputs.info.path),
+            tensors={**optimizer_tensors(stage.optimizer, parameters), **rng_tensors()},
+            state=state,
+        )
+        prune(self.checkpoints, name, self.config.checkpoint.keep)
+
+    def _evaluate(self, label: str, stage: str, step: int) -> None:
+        samples = self.inputs.heldout
+        if not samples or label in self._evaluated:
+            return
+        with self.console.progress(f"evaluate {label}", len(samples)) as advance:
+            result = evaluate(
+                self.lm, samples, self.loader, self.config, root=data_root(self.config, "eval"), progress=advance
+            )
+        for error in result.failed:
+            self.console.warn(f"question left out of the evaluation: {error}")
+        write_lines(self.run_dir / "eval" / f"{label}.jsonl", result.rows)
+        self.log.eval({"label": label, "stage": stage, "step": step, "metrics": result.metrics, "failed": len(result.failed)})
+        records = [r for r in read_jsonl_tolerant(self.run_dir / "metrics.jsonl") if r["kind"] == "eval"]
+        self.console.eval_table(records)
+
+
+def peak_gb() -> float:
+    """Largest memory so far in GB (10^9 bytes): of the GPU where one is used, else resident memory of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _threads_and_determinism(config: Config) -> None:
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+
+
+class _signals:
+    """SIGTERM and SIGINT ask for an orderly stop; a second SIGINT interrupts at once."""
+
+    def __init__(self, stop: Callable[[str], None]):
+        self._stop = stop
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._stop(signal.Signals(number).name)
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Video files to uint8 patches: decoding, frame sampling, resizing, caching."""

@@ -1,0 +1,130 @@
+"""RGB frames to uint8 patches in the layout of the Qwen-VL towers, and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vrlt_fast.errors import Problem, VideoError
+from vrlt_fast.video.sampling import TUBELET
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the tower fixes: patch side in pixels and how many patches a side are merged to one token."""
+
+    patch: int = 14
+    merge: int = 2
+
+    @property
+    def factor(self) -> int:
+        return self.patch * self.merge
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded video as the tower takes it.
+
+    ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation time in
+    seconds of each of the 2 t frames, ``key`` names content and preprocessing (equal keys, equal patches).
+    """
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+    times: tuple[float, ...]
+    key: str
+    geometry: Geometry
+
+    @property
+    def nbytes(self) -> int:
+        return self.patches.numel()
+
+    @property
+    def n_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w // self.geometry.merge**2
+
+    @property
+    def seconds_per_grid(self) -> float:
+        """Mean seconds between temporal grids."""
+        n = len(self.times)
+        return (self.times[-1] - self.times[0]) / (n - 1) * TUBELET
+
+    @property
+    def grid_times(self) -> tuple[float, ...]:
+        """Mean time of the two frames of each temporal grid, in seconds."""
+        return tuple((a + b) / 2 for a, b in zip(self.times[::2], self.times[1::2], strict=True))
+
+    def frames(self) -> torch.Tensor:
+        """The resized pictures exactly, uint8 [2 t, 3, H, W]."""
+        (t, h, w), p, m = self.grid, self.geometry.patch, self.geometry.merge
+        x = self.patches.view(t, h // m, w // m, m, m, 3, TUBELET, p, p)
+        return x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * TUBELET, 3, h * p, w * p)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen2-VL's target size: sides are multiples of ``factor``, the area lies within the bounds, the aspect is kept.
+
+    Raises:
+        ValueError: the aspect ratio is above 200.
+    """
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(f"aspect ratio of {width} x {height} is above 200")
+    h = max(factor, round(height / factor) * factor)
+    w = max(factor, round(width / factor) * factor)
+    if h * w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / beta / factor) * factor)
+        w = max(factor, math.floor(width / beta / factor) * factor)
+    elif h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * beta / factor) * factor
+        w = math.ceil(width * beta / factor) * factor
+    return h, w
+
+
+def patchify(frames: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Cut pictures uint8 [2 t, 3, H, W] into patches [t h w, 3 * 2 * p * p]; merged patches stand next to each other."""
+    n, _, height, width = frames.shape
+    p, m = geometry.patch, geometry.merge
+    t, h, w = n // TUBELET, height // p, width // p
+    x = frames.reshape(t, TUBELET, 3, h // m, m, p, w // m, m, p)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return x.reshape(t * h * w, 3 * TUBELET * p * p).contiguous(), (t, h, w)
+
+
+def resize(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Antialiased bicubic resize of uint8 [F, H, W, 3] by torch's native uint8 kernel, to uint8 [F, 3, height, width]."""
+    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    if x.shape[-2:] == (height, width):
+        return x
+    return F.interpolate(x, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def to_clip(
+    frames: np.ndarray,
+    times: tuple[float, ...],
+    *,
+    geometry: Geometry,
+    min_pixels: int,
+    max_pixels: int,
+    key: str,
+    where: str = "",
+) -> Clip:
+    """Resize and patchify uint8 [F, H, W, 3] (F even).
+
+    Raises:
+        VideoError: V06 when the aspect ratio can't be handled.
+    """
+    try:
+        height, width = smart_resize(frames.shape[1], frames.shape[2], geometry.factor, min_pixels, max_pixels)
+    except ValueError as error:
+        raise VideoError(
+            Problem("VRLT-V06", "frames can't be resized", where, str(error), "crop the video, or remove its lines")
+        ) from None
+    patches, grid = patchify(resize(frames, height, width), geometry)
+    return Clip(patches, grid, times, key, geometry)

@@ -124,7 +124,9 @@ def parse(argv: Sequence[str]) -> Command:
         raise ConfigError(problems)
     flags, extra = parser.parse_known_intermixed_args(rest)
     if extra:
-        raise ConfigError(Problem("VRLT-C01", f'unexpected argument "{extra[0]}"', parser.prog, fix=parser.prog + " -h"))
+        raise ConfigError(
+            Problem("VRLT-C01", f'unexpected argument "{extra[0]}"', parser.prog, fix=parser.prog + " -h")
+        )
     return Command(verb, flags, overrides)
 
 

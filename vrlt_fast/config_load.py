@@ -33,7 +33,10 @@ _SHOW = "vrlt recipe show demo prints a complete file; docs/config.md lists ever
 
 
 def load_config(
-    files: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None, *, verb: Verb | None = None
+    files: Sequence[Path] = (),
+    overrides: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    *,
+    verb: Verb | None = None,
 ) -> Config:
     """Merge files and overrides into a validated configuration.
 
@@ -52,8 +55,10 @@ def load_config(
             _merge(tree, table, origins, str(path), text)
         else:
             problems.append(problem)
-    for key, value in (overrides or {}).items():
+    for key, value in dict(overrides).items():
         _override(tree, key, value, origins)
+    if problems:
+        verb = None  # what is missing may stand in the file that can't be read
     problems += _not_finite(tree, origins)
     config: Config | None = None
     try:
@@ -90,11 +95,11 @@ def check(config: Config, verb: Verb | None = None, origins: Mapping[str, str] |
     if not all(0.0 <= beta < 1.0 for beta in config.optim.betas):
         bad("VRLT-C02", "optim.betas", f"is {list(config.optim.betas)}", "both values must be in [0, 1)")
     if verb is not None and not config.model.name:
-        bad("VRLT-C02", "model.name", "is empty", "set it to the folder of an HF model, or pass --model.name FOLDER")
+        bad("VRLT-C04", "model.name", "is empty", "set it to the folder of an HF model, or pass --model.name FOLDER")
     if verb == "train" and not config.data.train:
-        bad("VRLT-C02", "data.train", "is empty", "set it to a JSONL file of samples, or pass --data.train FILE")
+        bad("VRLT-C04", "data.train", "is empty", "set it to a JSONL file of samples, or pass --data.train FILE")
     if verb == "eval" and not config.data.eval:
-        bad("VRLT-C02", "data.eval", "is empty", "pass --data FILE, a JSONL file of held-out samples")
+        bad("VRLT-C04", "data.eval", "is empty", "pass --data FILE, a JSONL file of held-out samples")
     return found
 
 
@@ -115,15 +120,18 @@ def keys() -> dict[str, Any]:
 def suggest(key: str, known: Iterable[str] | None = None) -> str:
     """A sentence fragment that names what the user may have meant, or ''."""
     names = list(keys()) if known is None else list(known)
-    leaf = key.rpartition(".")[2]
-    same_leaf = [name for name in names if "." in name and name.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if not close and not same_leaf:
-        leaves = {name.rpartition(".")[2] for name in names}
-        near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
-        same_leaf = [name for name in names if near and name.rpartition(".")[2] == near[0]]
-    # The same word in another section is a stronger hint than similar spelling.
-    hits = list(dict.fromkeys(same_leaf[:3] or close))
+    section, _, leaf = key.rpartition(".")
+    leaves = {name: name.rpartition(".")[2] for name in names}
+    # A slip of the finger inside the section, then the right word in the wrong section, then whatever looks similar.
+    inside = [leaves[name] for name in names if section and name.startswith(f"{section}.")]
+    hits = [f"{section}.{near}" for near in difflib.get_close_matches(leaf, inside, n=1, cutoff=0.7)]
+    hits += [name for name in names if leaves[name] == leaf and "." in name]
+    if not hits:
+        hits = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not hits:
+        near = difflib.get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.7)
+        hits = [name for name in names if near and leaves[name] == near[0]]
+    hits = list(dict.fromkeys(hits))[:3]
     return f"did you mean {' or '.join(hits)}?" if hits else ""
 
 
@@ -249,8 +257,9 @@ def _problems(detail: ErrorDetails, tree: Mapping[str, Any], origins: Origins) -
     if detail["type"] == "extra_forbidden":
         return _unknown(key, tree, origins)
     if len(path) == 1 and detail["type"] == "value_error":
-        places = {origins[name] for name in origins if name.startswith(f"{key}.")}
         reason = detail["msg"].removeprefix("Value error, ")
+        named = set(reason.split())
+        places = {at for name, at in origins.items() if name.startswith(f"{key}.") and name.rpartition(".")[2] in named}
         return [Problem("VRLT-C04", f"[{key}] {reason}", ", ".join(sorted(places)), fix="change one of the two")]
     if len(path) == 1:
         what = f"{key} is {_short(detail['input'])}, but it is a section"
@@ -267,14 +276,19 @@ def _unknown(key: str, tree: Mapping[str, Any], origins: Origins) -> list[Proble
     if "." in key or not isinstance(values, dict):
         hint = suggest(key if "." in key else f".{key}")
         return [Problem("VRLT-C01", f'unknown key "{key}"', where, hint, _SHOW)]
-    near = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
+    known = keys()
+    homes = [name for name in Config.model_fields if not values or any(f"{name}.{k}" in known for k in values)]
+    near = difflib.get_close_matches(key, homes, n=1, cutoff=0.5)
     hint = f"did you mean [{near[0]}]?" if near else next(filter(None, (suggest(f"{key}.{k}") for k in values)), "")
     return [Problem("VRLT-C01", f"unknown section [{key}]", where, hint, _SHOW)]
 
 
 def _needs(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if detail["type"] == "too_long":
+        return f"a list of {detail['ctx']['max_length']}"
     names = {
+        "Field required": "one more value",
         "string": "text in quotes",
         "tuple": "a list",
         "boolean": "true or false",

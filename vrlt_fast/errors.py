@@ -76,7 +76,9 @@ class Problem:
 
 
 class VrltError(Exception):
-    """Base of all errors that a user can mend. Carries one or more :class:`Problem`; the first one names the exit code."""
+    """Base of all errors that a user can mend. Carries one or more :class:`Problem`; the first one names the exit
+    code.
+    """
 
     def __init__(self, problems: Problem | Sequence[Problem]):
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)

@@ -5,7 +5,8 @@ Shapes: N response tokens in flat order; logp, old_logp, ref_logp, advantage, we
     l     = -min(ratio A, clip(ratio, 1 - low, 1 + high) A)          PPO clip, asymmetric as in DAPO
     k3    = exp(ref - logp) - (ref - logp) - 1                       Schulman's estimator, >= 0
     loss  = sum weight (l + beta k3)
-The weights are the reduction: 1 / (tokens of the step) for the token mean, 1 / (responses * tokens of the response) for the
+The weights are the reduction: 1 / (tokens of the step) for the token mean, 1 / (responses * tokens of the response)
+for the
 sequence mean. The log-ratio of k3 is clamped to +-10 as verl does, so that one token can't overflow the sum.
 """
 

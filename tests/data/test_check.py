@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from vrlt_fast.data.check import check_dataset
 from vrlt_fast.data.draw import write_mp4, write_png
 

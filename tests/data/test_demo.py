@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from vrlt_fast.data.check import check_dataset
 from vrlt_fast.data.demo import build_demo
 from vrlt_fast.data.footage import HELDOUT, TRAIN, find_footage

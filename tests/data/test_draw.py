@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from vrlt_fast.data.clips import COLOURS, HEIGHT, KINDS, WIDTH, Clip, plan_clips, play
 from vrlt_fast.data.draw import draw_clip, write_mp4
 from vrlt_fast.data.footage import HELDOUT, TRAIN, decode, find_footage
@@ -115,6 +116,7 @@ def test_boxes_are_tight_around_the_object(clips, sources, footage, tmp_path):
     plain = draw_clip(replace(clip, events=()), sources).astype(float)
     boxes = next(s.boxes for seed in range(20) for s in ask([clip], footage, seed))
     assert [box.time for box in boxes] == [event.start + k / 2 for k in range(round(2 * (event.end - event.start)))]
+    pasted = draw_clip(clip, sources).astype(float)
     for box in boxes:
         frame = round(box.time * 8)
         x0, y0, x1, y1 = box.x0 * WIDTH, box.y0 * HEIGHT, box.x1 * WIDTH, box.y1 * HEIGHT
@@ -122,9 +124,8 @@ def test_boxes_are_tight_around_the_object(clips, sources, footage, tmp_path):
         assert 0 <= y0 < y1 <= HEIGHT
         middle = video[frame, round((y0 + y1) / 2) + 1, round((x0 + x1) / 2)]
         assert np.abs(middle - COLOURS[event.colour]).max() < 60
-        drawn = draw_clip(clip, sources)[frame].astype(float)
-        rows, columns = np.nonzero(np.abs(drawn - plain[frame]).max(2))
-        assert x0 - 1 <= columns.min()
-        assert columns.max() <= x1
-        assert y0 - 1 <= rows.min()
-        assert rows.max() <= y1
+        rows, columns = np.nonzero(np.abs(pasted[frame] - plain[frame]).max(2))
+        assert x0 - 1 <= columns.min() + 0.5
+        assert columns.max() + 0.5 <= x1 + 1
+        assert y0 - 1 <= rows.min() + 0.5
+        assert rows.max() + 0.5 <= y1 + 1

@@ -4,6 +4,7 @@ import random
 from collections import Counter, defaultdict
 
 import pytest
+
 from vrlt_fast.data.clips import plan_clips
 from vrlt_fast.data.footage import HELDOUT, TRAIN, find_footage
 from vrlt_fast.data.questions import ask

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+
 from vrlt_fast.data.stream import BatchStream
 
 SEED = random.randrange(10**6)

@@ -245,7 +245,7 @@ def write_run(folder: Path, seed: int, *, questions: int = 48, sft: int = 60, gr
     _lines(folder / "metrics.jsonl", records)
     _lines(folder / "completions.jsonl", list(_completions(range(1, grpo + 1), rng)))
     data = f'[data]\nroot = "{root}"\neval = "{root}/heldout.jsonl"\n'
-    config = f'[model]\nname = "tiny-model"\n\n{data}\n[grpo]\nsteps = {grpo}\n'
+    config = f'[model]\nname = "tiny-model"\n\n{data}\n[grpo]\nsteps = {grpo}\n\n[eval]\ntemperature = 0.7\n'
     (folder / "config.resolved.toml").write_text(config, "utf-8")
     versions = {
         "vrlt_fast": "0.1.0",

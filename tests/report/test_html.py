@@ -93,6 +93,7 @@ def test_whole_run(make_run: Any) -> None:
     assert f"<b>{final['sampled']['all']['tiou']:.3f}</b>" in text
     assert f">{final['greedy']['grounding']['miou']:.3f}</td>" in text
     assert "5ca1ab1e" in text
+    assert "ones sampled at temperature 0.7." in text
     assert "[grpo]" in text
 
 

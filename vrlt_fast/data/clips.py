@@ -13,7 +13,7 @@ from itertools import pairwise
 from vrlt_fast.data.footage import WORK_HEIGHT, Footage
 
 WIDTH, HEIGHT, FPS = 160, 120, 8
-GRID = FPS // 2  # events and durations lie on half seconds
+GRID = FPS  # events and durations lie on whole seconds
 
 KINDS = {"object": 40, "insert": 15, "tint": 14, "dark": 8, "zoom": 8, "freeze": 7, "reverse": 8}
 COLOURS = {
@@ -157,7 +157,7 @@ def _plan_clip(
         kinds.append(decks["kind"].draw(avoid=(kinds[0],)))
     looks = [_draw_look(kind, decks) for kind in kinds]
     while True:  # until times, cuts and the length of the footage fit together
-        frames = GRID * rng.randint(12, 20)
+        frames = GRID * rng.randint(6, 10)
         times = _draw_times(len(kinds), frames, rng)
         if times is None:
             continue
@@ -186,15 +186,15 @@ def _draw_look(kind: str, decks: Mapping[str, Deck]) -> Event:
 
 
 def _draw_times(count: int, frames: int, rng: random.Random) -> list[tuple[float, float]] | None:
-    """``count`` intervals in seconds on the half-second grid, at least 0.5 s apart; None: they didn't fit."""
+    """``count`` intervals in seconds on the grid of whole seconds, at least one apart; None: they didn't fit."""
     slots = frames // GRID
     times = []
     for _ in range(count):
-        length = rng.randint(3, 9)
+        length = rng.randint(2, 4)
         start = rng.randint(0, slots - length)
-        times.append((start / 2, (start + length) / 2))
+        times.append((float(start), float(start + length)))
     ordered = sorted(times)
-    if any(b[0] - a[1] < 0.5 for a, b in pairwise(ordered)):
+    if any(b[0] - a[1] < 1.0 for a, b in pairwise(ordered)):
         return None
     return times
 
@@ -284,9 +284,9 @@ def _draw_shot(source: Footage, split: str, where: range, pace: list[int], rng: 
     tall = rng.uniform(0.65, 0.92) * WORK_HEIGHT
     slack = (source.width - tall * WIDTH / HEIGHT, WORK_HEIGHT - tall)
     seconds = reach / FPS
-    limits = (0.10, 0.03)  # of the work height, per second
+    limits = (0.10, 0.03)  # of the height, per second: sideways over a pixel a frame, even where the footage rests
     travel = [
-        rng.choice((-1, 1)) * min(room, rng.uniform(0.4, 1.0) * limit * WORK_HEIGHT * seconds)
+        rng.choice((-1, 1)) * min(room, rng.uniform(0.55, 1.0) * limit * WORK_HEIGHT * seconds)
         for room, limit in zip(slack, limits, strict=True)
     ]
     corner = [rng.uniform(max(0.0, -move), min(room, room - move)) for room, move in zip(slack, travel, strict=True)]

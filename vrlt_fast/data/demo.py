@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -129,7 +130,7 @@ def _render_all(
         _sources.clear()
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(clips)), _load, (footage,)) as pool:
+    with context.Pool(min(workers, len(clips)), _start_worker, (footage,)) as pool:
         yield from pool.imap_unordered(render, clips, chunksize=4)
 
 
@@ -137,8 +138,13 @@ _sources: dict[str, Frames] = {}
 
 
 def _load(footage: dict[str, Footage]) -> None:
-    """Decodes the footage once per worker."""
+    """Decodes the footage, once per process."""
     _sources.update({key: decode(source) for key, source in footage.items()})
+
+
+def _start_worker(footage: dict[str, Footage]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    _load(footage)
 
 
 def _render(clip: Clip, folder: Path, images: dict[str, str]) -> None:

@@ -15,6 +15,8 @@ from vrlt_fast.data.footage import WORK_HEIGHT, Frames
 
 ZOOM = 2.2
 DARK = 0.25
+# Without cpu-independent, x264 gives other bytes from one call to the next.
+_X264 = {"preset": "veryfast", "crf": "23", "x264-params": "threads=1:cpu-independent=1"}
 _OUTLINE = 1.5  # pixels, so that a shape is seen on a ground of its own colour
 Floats = npt.NDArray[np.float32]
 _LUMA: Floats = np.array([0.299, 0.587, 0.114], np.float32)
@@ -111,7 +113,7 @@ def _distance(shape: str, x: Floats, y: Floats, r: float) -> Floats:
 def write_mp4(frames: Frames, path: Path) -> None:
     """Encodes uint8 RGB frames (n, height, width, 3) as H.264 (yuv420p, 8 fps, constant rate)."""
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23", "threads": "1"})
+        stream = container.add_stream("libx264", rate=FPS, options=_X264)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for k, image in enumerate(frames):

@@ -16,7 +16,7 @@ from vrlt_fast.errors import Problem
 
 FIELDS = (
     "id", "video", "duration", "task", "question", "options", "answer", "spans",
-    "images", "boxes", "object_id", "progress",
+    "images", "boxes", "object_id", "progress", "reasoning",
 )  # fmt: skip
 _OF_TASK = {
     "options": ("videoqa", "grounded_qa"),
@@ -58,6 +58,7 @@ class Line:
             boxes=self.boxes(duration),
             object_id=self.object_id(),
             progress=self.progress(),
+            reasoning=self.text("reasoning") if "reasoning" in self.fields else "",
             line=self.where,
         )
         return None if self.problems else made

@@ -1,4 +1,6 @@
-"""What a model is asked and what the right answer looks like, per task. Text only; the video's place is left to the chat template."""
+"""What a model is asked and what the right answer looks like, per task. Text only; the video's place is left to the
+chat template.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _THINK = "Think step by step between <think> and </think> first. "
 _ASK = {
     "videoqa": "Reply with the letter: <answer>letter</answer>",
     "grounding": "Reply with the time span in seconds: <answer>start to end</answer>",
-    "grounded_qa": "Reply with the letter and the time spans in seconds: <answer>letter</answer><glue>[(start, end)]</glue>",
+    "grounded_qa": (
+        "Reply with the letter and the time spans in seconds: <answer>letter</answer><glue>[(start, end)]</glue>"
+    ),
 }
 
 
@@ -26,8 +30,8 @@ def user_text(sample: Sample, prompt: PromptConfig) -> str:
 def messages(sample: Sample, prompt: PromptConfig) -> list[dict[str, object]]:
     """Chat messages with one video before the text."""
     content = [{"type": "video"}, {"type": "text", "text": user_text(sample, prompt)}]
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": content}]
+    user: dict[str, object] = {"role": "user", "content": content}
+    return [{"role": "system", "content": prompt.system}, user] if prompt.system else [user]
 
 
 def _seconds(value: float) -> str:
@@ -48,6 +52,8 @@ def answer_text(sample: Sample, prompt: PromptConfig) -> str:
 
 
 def _thought(sample: Sample) -> str:
+    if sample.reasoning:
+        return sample.reasoning
     parts = [sample.options[LETTERS.index(sample.answer)]] if sample.wants_answer else []
     parts += [f"from {_seconds(s)} to {_seconds(e)} seconds" for s, e in sample.spans] if sample.wants_spans else []
     return ", ".join(parts)

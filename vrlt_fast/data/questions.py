@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vrlt_fast.data.clips import COLOURS, FPS, GRID, HEIGHT, KINDS, SHAPES, TONES, WIDTH, Clip, Deck, Event
+from vrlt_fast.data.clips import COLOURS, FPS, HEIGHT, KINDS, SHAPES, TONES, WIDTH, Clip, Deck, Event
 from vrlt_fast.data.footage import Footage
 from vrlt_fast.data.sample import LETTERS, Box, Sample
 
@@ -31,6 +31,15 @@ _HAPPENS = {
     "zoom": "the camera zooms in",
     "freeze": "the picture stands still",
     "reverse": "the video plays backwards",
+}
+_LABEL = {
+    "object": "{colour} {shape}",
+    "insert": "{words}",
+    "tint": "{tone} tone",
+    "dark": "dark",
+    "zoom": "zoom",
+    "freeze": "still",
+    "reverse": "backwards",
 }
 # (question of videoqa, question of grounded_qa)
 _ASK = {
@@ -62,7 +71,8 @@ def ask(clips: Sequence[Clip], footage: Mapping[str, Footage], seed: int) -> lis
         places = {count: Deck(list(LETTERS[:count]), rng) for count in (3, 4)}
         for clip in clips:
             if clip.id in types:
-                samples[clip.id].append(_choice(clip, chosen[task][clip.id], types[clip.id], task, footage, places, rng))
+                event = chosen[task][clip.id]
+                samples[clip.id].append(_choice(clip, event, types[clip.id], task, footage, places, rng))
     pictured = {clip.id for clip in clips[::_IMAGE_EVERY]}
     return [
         replace(sample, images=(f"images/{clip.id}.png",))
@@ -80,7 +90,7 @@ def _grounding(clip: Clip, event: Event, footage: Mapping[str, Footage], rng: ra
     )
     middle = clip.frames // 2 / FPS
     done = min(1.0, max(0.0, (middle - event.start) / (event.end - event.start)))
-    return _sample(clip, event, "g", "grounding", question, progress=round(done, 4))
+    return _sample(clip, event, "g", "grounding", question, footage=footage, progress=round(done, 4))
 
 
 def _choose_types(clips: Sequence[Clip], chosen: Mapping[str, Event], rng: random.Random) -> dict[str, str]:
@@ -129,7 +139,8 @@ def _choice(
     options.insert(LETTERS.index(letter), right)
     grounded = task == "grounded_qa"
     question = _ASK[kind][grounded]
-    return _sample(clip, event, "b" if grounded else "q", task, question, options=tuple(options), answer=letter)
+    suffix = "b" if grounded else "q"
+    return _sample(clip, event, suffix, task, question, footage=footage, options=tuple(options), answer=letter)
 
 
 def _sample(
@@ -139,6 +150,7 @@ def _sample(
     task: str,
     question: str,
     *,
+    footage: Mapping[str, Footage],
     options: tuple[str, ...] = (),
     answer: str = "",
     progress: float | None = None,
@@ -156,12 +168,28 @@ def _sample(
         boxes=_boxes(pasted) if pasted else (),
         object_id=list(COLOURS).index(pasted.colour) * len(SHAPES) + SHAPES.index(pasted.shape) if pasted else None,
         progress=progress,
+        reasoning=_timeline(clip, footage),
     )
+
+
+def _timeline(clip: Clip, footage: Mapping[str, Footage]) -> str:
+    """What is seen in each second: ``0 - 1 red circle 2 red circle 3 -``."""
+    labels = ["-"] * (clip.frames // FPS)
+    for event in clip.events:
+        label = _LABEL[event.kind].format(
+            colour=event.colour,
+            shape=event.shape,
+            tone=event.tone,
+            words=footage[event.source].words if event.source else "",
+        )
+        for second in range(round(event.start), round(event.end)):
+            labels[second] = label
+    return " ".join(f"{second} {label}" for second, label in enumerate(labels))
 
 
 def _boxes(event: Event) -> tuple[Box, ...]:
     boxes = []
-    for frame in event.frames[::GRID]:
+    for frame in event.frames[:: FPS // 2]:
         (x, y), r = event.centre(frame), event.radius
         corners = ((x - r) / WIDTH, (y - r) / HEIGHT, (x + r) / WIDTH, (y + r) / HEIGHT)
         boxes.append(Box(frame / FPS, *(round(value, 5) for value in corners)))

@@ -139,6 +139,7 @@ def to_json(sample: Sample) -> dict[str, Any]:
         "boxes": [{"time": box.time, "x0": box.x0, "y0": box.y0, "x1": box.x1, "y1": box.y1} for box in sample.boxes],
         "object_id": sample.object_id,
         "progress": sample.progress,
+        "reasoning": sample.reasoning,
     }
     return {name: value for name, value in fields.items() if value not in ("", [], None)}
 

@@ -27,7 +27,8 @@ class Sample:
 
     ``options`` and ``answer`` (a letter) belong to videoqa and grounded_qa, ``spans`` (seconds, sorted, disjoint) to
     grounding and grounded_qa. ``images``, ``boxes``, ``object_id`` and ``progress`` (share of an action done, 0..1) are
-    optional ground truth for other rewards. ``line`` says where the sample stands: ``train.jsonl:17``.
+    optional ground truth for other rewards; ``reasoning`` is what the warm-up puts between the think tags. ``line``
+    says where the sample stands: ``train.jsonl:17``.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Sample:
     boxes: tuple[Box, ...] = ()
     object_id: int | None = None
     progress: float | None = None
+    reasoning: str = ""
     line: str = ""
 
     @property

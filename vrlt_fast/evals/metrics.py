@@ -1,6 +1,7 @@
 """Metrics of scored answers: accuracy, mean tIoU, R1 at thresholds, and grounded accuracy.
 
-An answer that can't be read counts as wrong and as tIoU 0. R1@t counts tIoU >= t. acc@gqa counts answers that are right and
+An answer that can't be read counts as wrong and as tIoU 0. R1@t counts tIoU >= t. acc@gqa counts answers that are
+right and
 whose predicted spans lie at least half inside the annotated ones (IoP >= 0.5), as NExT-GQA's official script does.
 """
 
@@ -88,7 +89,9 @@ def _of_task(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def best_constant_span(samples: Iterable[Sample], grid: float = 0.05) -> tuple[Span, float]:
-    """The span in shares of the duration, the same for all, with the highest mean tIoU, and that mean: what blind answers reach."""
+    """The span in shares of the duration, the same for all, with the highest mean tIoU, and that mean: what blind
+    answers reach.
+    """
     grounded = [s for s in samples if s.wants_spans]
     steps = round(1 / grid)
     best: tuple[Span, float] = ((0.0, 1.0), -1.0)

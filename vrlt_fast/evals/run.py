@@ -24,7 +24,9 @@ from vrlt_fast.video.preprocess import Clip
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``metrics`` for greedy and sampled answers, ``rows`` of eval/LABEL.jsonl, ``failed`` questions whose video can't be read."""
+    """``metrics`` for greedy and sampled answers, ``rows`` of eval/LABEL.jsonl, ``failed`` questions whose video
+    can't be read.
+    """
 
     metrics: dict[str, Metrics]
     rows: list[dict[str, Any]]
@@ -79,7 +81,9 @@ def evaluate(
         if progress:
             progress(len(prompts))
     metrics = {name: summarise([s for group in groups for s in group]) for name, groups in done.items() if groups}
-    return Evaluation(metrics, [_row(s, g, t) for s, g, t in zip(kept, done["greedy"], done["sampled"], strict=True)], failed)
+    return Evaluation(
+        metrics, [_row(s, g, t) for s, g, t in zip(kept, done["greedy"], done["sampled"], strict=True)], failed
+    )
 
 
 def _batches(
@@ -137,14 +141,17 @@ def _row(sample: Sample, greedy: Sequence[Scored], sampled: Sequence[Scored]) ->
 def evaluate_folder(
     config: Config, out: Path | None = None, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Metrics]:
-    """Evaluate the model folder ``config.model.name`` on ``config.data.eval``; write the predictions to ``out`` if given.
+    """Evaluate the model folder ``config.model.name`` on ``config.data.eval``; write the predictions to ``out`` if
+    given.
 
     Raises:
         VrltError: as the readers and the loader; V codes when videos can't be read (after the predictions are written).
     """
     if not config.data.eval:
         raise ConfigError(Problem("VRLT-C04", "nothing to evaluate on", "data.eval", fix="pass --data FILE.jsonl"))
-    samples = pick_samples(read_jsonl(Path(config.data.eval), data_root(config, "eval")), config.eval.samples, config.train.seed)
+    samples = pick_samples(
+        read_jsonl(Path(config.data.eval), data_root(config, "eval")), config.eval.samples, config.train.seed
+    )
     lm = load_model(config.model, inspect_model(config.model.name))
     loader = ClipLoader(config.video, lm.info.geometry)
     count = 0

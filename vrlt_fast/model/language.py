@@ -17,7 +17,9 @@ class KeyValues:
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys.append(key)
         self.values.append(value)
         return key, value
@@ -30,7 +32,9 @@ class Extension:
     prefix: KeyValues
     group: torch.Tensor
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys = torch.cat([self.prefix.keys[layer].index_select(0, self.group), key], dim=2)
         values = torch.cat([self.prefix.values[layer].index_select(0, self.group), value], dim=2)
         return keys, values
@@ -47,7 +51,8 @@ def run_text(
         past_key_values=cache,
         use_cache=False,
     )
-    return out.last_hidden_state  # type: ignore[no-any-return]
+    hidden: torch.Tensor = out.last_hidden_state
+    return hidden
 
 
 def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
@@ -67,8 +72,8 @@ def prefill(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tuple[tor
     return hidden[torch.arange(len(hidden), device=hidden.device), layout.lengths - 1], cache
 
 
-def response_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
-    """bool [rows, 1, queries, L + queries]: a response token sees its prompt and what stands before it in its row."""
+def row_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
+    """bool [rows, 1, queries, L + queries]: a token of a row sees its prefix and what stands before it in its row."""
     device, width = layout.ids.device, layout.ids.shape[1]
     prefix = torch.arange(width, device=device) < layout.lengths[layout.group][:, None]
     own = torch.ones(queries, queries, dtype=torch.bool, device=device).tril()
@@ -78,18 +83,18 @@ def response_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
     )
 
 
-def response_logits(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
-    """Logits [N, vocab] that predict every response token, rows in order, padding left out. N = sum of response lengths.
+def target_logits(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+    """Logits [N, vocab] that predict every target token, rows in order; N as in ``layout.targets``.
 
-    The prompt runs once a group; its keys and values, and its last hidden state, feed all responses, with gradients.
+    The prefix runs once a group; its keys and values, and its last hidden state, feed all rows, with gradients.
     """
     last, prefix = prefill(lm, layout, vision)
     hidden = last.index_select(0, layout.group)[:, None]
-    queries = layout.responses.shape[1] - 1
+    queries = layout.row_ids.shape[1] - 1
     if queries > 0:
-        embeds = lm.module.get_input_embeddings()(layout.responses[:, :-1])
-        positions = layout.response_positions[:, :-1].expand(3, -1, -1)
-        mask = response_mask(layout, queries)
+        embeds = lm.module.get_input_embeddings()(layout.row_ids[:, :-1])
+        positions = layout.row_positions[:, :, :-1]
+        mask = row_mask(layout, queries)
         rest = run_text(lm, embeds, positions, Extension(prefix, layout.group), mask)
         hidden = torch.cat([hidden, rest], dim=1)
     return lm.module.lm_head(hidden[layout.mask])  # type: ignore[no-any-return]

@@ -1,7 +1,10 @@
-"""The layout that all passes over a batch of groups share: padded prompts, responses as rows, targets as flat rows.
+"""The layout that all passes over a batch of groups share: padded prefixes, continuations as rows, targets as flat
+rows.
 
-A group is one prompt and its responses. The prompt is computed once; row ``lengths[g] - 1`` of it predicts the first token
-of every response of the group.
+A group is one prefix and its continuations. In GRPO the prefix is the prompt and the rows are its responses; in the
+supervised warm-up the prefix is the part of the prompt that the questions about one video share, and a row is the
+rest of
+the prompt and the answer. The prefix is computed once; its last row predicts the first token of every continuation.
 """
 
 from __future__ import annotations
@@ -15,67 +18,105 @@ from vrlt_fast.model.prompt import Prompt
 
 
 @dataclass(frozen=True, eq=False)
-class GroupLayout:
-    """P prompts padded right to L, ``rows`` responses padded right to R.
+class Row:
+    """One continuation: token ids, int64 positions [3, n] of each, and how many leading tokens are context, not
+    targets.
+    """
 
-    ``ids`` int64 [P, L], ``positions`` int64 [3, P, L], ``lengths`` int64 [P], ``visual`` int64 [n] flat places in [P * L];
-    ``group`` int64 [rows] the prompt of each response, ``responses`` int64 [rows, R], ``response_lengths`` int64 [rows],
-    ``response_positions`` int64 [rows, R].
+    tokens: Sequence[int]
+    positions: torch.Tensor
+    context: int = 0
+
+
+def response_row(prompt: Prompt, tokens: Sequence[int]) -> Row:
+    """A response behind its whole prompt."""
+    return Row(tokens, (torch.arange(len(tokens)) + prompt.next_position).expand(3, -1))
+
+
+def answer_row(prompt: Prompt, start: int, tokens: Sequence[int]) -> Row:
+    """The prompt from token ``start`` on, and an answer behind it."""
+    after = (torch.arange(len(tokens)) + prompt.next_position).expand(3, -1)
+    rest = prompt.ids[start:].tolist()
+    return Row([*rest, *tokens], torch.cat([prompt.positions[:, start:], after], dim=1), len(rest))
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """P prefixes padded right to L, ``rows`` continuations padded right to R.
+
+    ``ids`` int64 [P, L], ``positions`` int64 [3, P, L], ``lengths`` int64 [P], ``visual`` int64 [n] flat places in [P
+    * L];
+    ``group`` int64 [rows] the prefix of each row, ``row_ids`` int64 [rows, R], ``row_positions`` int64 [3, rows, R],
+    ``row_lengths`` and ``row_context`` int64 [rows].
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     lengths: torch.Tensor
     visual: torch.Tensor
-    next_position: torch.Tensor
     group: torch.Tensor
-    responses: torch.Tensor
-    response_lengths: torch.Tensor
-    response_positions: torch.Tensor
+    row_ids: torch.Tensor
+    row_positions: torch.Tensor
+    row_lengths: torch.Tensor
+    row_context: torch.Tensor
 
     @property
     def mask(self) -> torch.Tensor:
-        """bool [rows, R]: true where a response has a token."""
-        columns = torch.arange(self.responses.shape[1], device=self.responses.device)
-        return columns < self.response_lengths[:, None]
+        """bool [rows, R]: true for targets."""
+        columns = torch.arange(self.row_ids.shape[1], device=self.row_ids.device)
+        return (columns >= self.row_context[:, None]) & (columns < self.row_lengths[:, None])
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """int64 [N]: the target tokens, rows in order."""
+        return self.row_ids[self.mask]
 
     @property
     def tokens_trained(self) -> int:
-        """Tokens that one forward pass computes: every prompt once, every response token but the last of each row."""
-        return int(self.lengths.sum() + (self.response_lengths - 1).clamp(min=0).sum())
+        """Tokens that one forward pass computes: every prefix once, every token of a row but its last."""
+        return int(self.lengths.sum() + (self.row_lengths - 1).clamp(min=0).sum())
 
     @property
     def tokens_logical(self) -> int:
         """Tokens that a pass over replicated rows would compute."""
-        return int((self.lengths[self.group] + (self.response_lengths - 1).clamp(min=0)).sum())
+        return int((self.lengths[self.group] + (self.row_lengths - 1).clamp(min=0)).sum())
 
 
 def build_layout(
-    prompts: Sequence[Prompt], responses: Sequence[Sequence[Sequence[int]]], *, pad: int, device: torch.device | str = "cpu"
+    prompts: Sequence[Prompt],
+    rows: Sequence[Sequence[Row]],
+    *,
+    pad: int,
+    cuts: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> GroupLayout:
-    """Lay out prompts and, for each, its responses (token ids); a prompt may have none."""
-    width = max(len(p) for p in prompts)
+    """Lay out prefixes and, for each, its rows; a prefix may have none.
+
+    Args:
+        cuts: how many tokens of each prompt are the prefix; default: all. A cut may not leave visual tokens behind.
+    """
+    cuts = [len(p) for p in prompts] if cuts is None else cuts
+    width = max(cuts)
     ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
     positions = torch.zeros(3, len(prompts), width, dtype=torch.int64)
-    visual = []
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt.ids
-        positions[:, row, : len(prompt)] = prompt.positions
-        visual.append(prompt.visual + row * width)
-    rows = [r for group in responses for r in group]
-    padded = torch.full((len(rows), max((len(r) for r in rows), default=0)), pad, dtype=torch.int64)
-    for row, response in enumerate(rows):
-        padded[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
-    group = torch.tensor([g for g, group in enumerate(responses) for _ in group], dtype=torch.int64)
-    after = torch.tensor([p.next_position for p in prompts])
+    for i, (prompt, cut) in enumerate(zip(prompts, cuts, strict=True)):
+        ids[i, :cut] = prompt.ids[:cut]
+        positions[:, i, :cut] = prompt.positions[:, :cut]
+    flat = [row for group in rows for row in group]
+    longest = max((len(row.tokens) for row in flat), default=0)
+    row_ids = torch.full((len(flat), longest), pad, dtype=torch.int64)
+    row_positions = torch.zeros(3, len(flat), longest, dtype=torch.int64)
+    for i, row in enumerate(flat):
+        row_ids[i, : len(row.tokens)] = torch.tensor(row.tokens, dtype=torch.int64)
+        row_positions[:, i, : len(row.tokens)] = row.positions
     return GroupLayout(
         ids=ids.to(device),
         positions=positions.to(device),
-        lengths=torch.tensor([len(p) for p in prompts], device=device),
-        visual=torch.cat(visual).to(device),
-        next_position=after.to(device),
-        group=group.to(device),
-        responses=padded.to(device),
-        response_lengths=torch.tensor([len(r) for r in rows], dtype=torch.int64, device=device),
-        response_positions=(after[group][:, None] + torch.arange(padded.shape[1])).to(device),
+        lengths=torch.tensor(cuts, device=device),
+        visual=torch.cat([p.visual + i * width for i, p in enumerate(prompts)]).to(device),
+        group=torch.tensor([g for g, group in enumerate(rows) for _ in group], dtype=torch.int64, device=device),
+        row_ids=row_ids.to(device),
+        row_positions=row_positions.to(device),
+        row_lengths=torch.tensor([len(r.tokens) for r in flat], dtype=torch.int64, device=device),
+        row_context=torch.tensor([r.context for r in flat], dtype=torch.int64, device=device),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from vrlt_fast.config import ModelConfig
 from vrlt_fast.errors import Problem, SetupError
@@ -59,11 +60,20 @@ def _problem(code: str, what: str, where: str, why: str = "", fix: str = "") -> 
     return SetupError(Problem(code, what, where, why, fix))
 
 
+def quiet_transformers() -> None:
+    """No progress bars for loading and saving: a run has its own."""
+    transformers_logging.disable_progress_bar()
+
+
 def pick_device(name: str) -> torch.device:
     """The device of ``model.device``. Raises SetupError E02 when it isn't there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise _problem(
-            "VRLT-E02", "no CUDA device", "model.device", "torch sees none", "set model.device = \"cpu\", or run: vrlt doctor"
+            "VRLT-E02",
+            "no CUDA device",
+            "model.device",
+            "torch sees none",
+            'set model.device = "cpu", or run: vrlt doctor',
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,11 +97,18 @@ def inspect_model(name: str) -> ModelInfo:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _problem(
-            "VRLT-M01", "no such model", name, str(error).splitlines()[0], "check model.name, or download the model first"
+            "VRLT-M01",
+            "no such model",
+            name,
+            str(error).splitlines()[0],
+            "check model.name, or download the model first",
         ) from None
     if config.model_type not in MODELS:
         raise _problem(
-            "VRLT-M02", f"model type {config.model_type!r} is not supported", name, fix=f"use one of: {', '.join(MODELS)}"
+            "VRLT-M02",
+            f"model type {config.model_type!r} is not supported",
+            name,
+            fix=f"use one of: {', '.join(MODELS)}",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -105,7 +122,9 @@ def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
     missing = [t for t in ("<|im_end|>", *VISUAL_TOKENS[:3]) if t not in known]
     if missing or tokenizer.chat_template is None:
         lack = f"token {missing[0]}" if missing else "chat template"
-        raise _problem("VRLT-M03", f"tokenizer lacks the {lack}", name, fix="copy the tokenizer files of the original model")
+        raise _problem(
+            "VRLT-M03", f"tokenizer lacks the {lack}", name, fix="copy the tokenizer files of the original model"
+        )
     vision, end = config.vision_config, known["<|im_end|>"]
     mean, std = _normalisation(Path(name))
     return ModelInfo(
@@ -138,6 +157,7 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
     Raises:
         SetupError: as :func:`inspect_model`, and M04 when weights are missing, left over or of the wrong shape.
     """
+    quiet_transformers()
     info = info or inspect_model(model.name)
     device = pick_device(model.device)
     try:
@@ -155,8 +175,11 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
         if loading[kind]:
             first = sorted(map(str, loading[kind]))[0]
             raise _problem(
-                "VRLT-M04", f"{len(loading[kind])} {kind.replace('_', ' ')}, first {first}", model.name,
-                "the weights belong to another configuration", "use the folder as it was saved",
+                "VRLT-M04",
+                f"{len(loading[kind])} {kind.replace('_', ' ')}, first {first}",
+                model.name,
+                "the weights belong to another configuration",
+                "use the folder as it was saved",
             )
     if model.attention == "sdpa":
         # set behind from_pretrained, which would look for a flash-attn wheel

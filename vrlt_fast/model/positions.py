@@ -1,4 +1,5 @@
-"""Three-axis (temporal, height, width) rotary positions of Qwen-VL prompts, by the rule that the models were released with.
+"""Three-axis (temporal, height, width) rotary positions of Qwen-VL prompts, by the rule that the models were released
+with.
 
 transformers from 5.3 on lets the text after a Qwen2-VL or Qwen2.5-VL video start at max(h, w) + 1 instead of
 max(t, h, w) + 1, so that a released checkpoint sees positions that it never saw in training. Rollout, scoring,

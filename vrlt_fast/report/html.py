@@ -8,10 +8,11 @@ from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
 
+from vrlt_fast.files import write_atomic
 from vrlt_fast.report.charts import recall_charts, stage_charts
 from vrlt_fast.report.choose import KINDS
 from vrlt_fast.report.markup import esc
-from vrlt_fast.report.metrics import write_atomic
+from vrlt_fast.report.numbers import number
 from vrlt_fast.report.run_folder import RunFolder, load_run
 from vrlt_fast.report.samples import sample_cards
 from vrlt_fast.report.sections import STAGES, completions, metrics_table, settings, summary, tiles
@@ -60,7 +61,7 @@ def _sections(run: RunFolder) -> list[tuple[str, str, str, str]]:
         (
             "metrics",
             "Held-out metrics",
-            "Greedy answers, and answers sampled at temperature 1. The change compares the last two evaluations.",
+            f"Greedy answers, and {_sampling(run)}. The change compares the last two evaluations.",
             metrics_table(run) + _grid(recall_charts(run), " pair"),
         )
     ]
@@ -95,3 +96,9 @@ def _grid(figures: str, layout: str = "") -> str:
 def _filter() -> str:
     buttons = "".join(f'<button data-show="{kind}">{name}</button>' for kind, name in KINDS.items())
     return f'<div class="filter" hidden><button data-show="" class="on">all</button>{buttons}</div>'
+
+
+def _sampling(run: RunFolder) -> str:
+    section = run.config.get("eval")
+    temperature = number(section.get("temperature")) if isinstance(section, dict) else None
+    return "sampled ones" if temperature is None else f"ones sampled at temperature {temperature:g}"

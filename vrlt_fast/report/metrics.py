@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -14,24 +13,13 @@ from types import TracebackType
 from typing import Any
 
 from vrlt_fast.errors import Problem, SetupError
+from vrlt_fast.files import storage_error, write_atomic
 from vrlt_fast.report.writers import open_writers
 
 Record = dict[str, Any]
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write_error(error: OSError, path: Path) -> SetupError:
-    """The coded error for a failed write: R03 when the disk, the quota or the file size limit is used up, else R02."""
-    why = error.strerror or str(error)
-    if error.errno in _FULL:
-        fix = "free some space (older runs and checkpoints), then: vrlt train ... --resume"
-        return SetupError(Problem("VRLT-R03", "no space left to write this file", str(path), why, fix))
-    fix = "make the folder writable or choose another one with --train.out"
-    return SetupError(Problem("VRLT-R02", "this file can't be written", str(path), why, fix))
 
 
 def _finite(value: Any) -> Any:
@@ -60,7 +48,7 @@ class _Appender:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise write_error(error, path) from error
+            raise storage_error(error, path) from error
 
     def append(self, lines: bytes) -> None:
         start = os.fstat(self._file.fileno()).st_size
@@ -71,7 +59,7 @@ class _Appender:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._file.fileno(), start)
-            raise write_error(error, self.path) from error
+            raise storage_error(error, self.path) from error
 
     def close(self) -> None:
         self._file.close()
@@ -174,22 +162,6 @@ def read_jsonl_tail(path: Path, max_bytes: int = 8_000_000) -> list[Record]:
                 if isinstance(record, dict):
                     records.append(record)
     return records
-
-
-def write_atomic(path: Path, content: Iterable[bytes]) -> None:
-    """Writes aside and renames, so that readers see the old file or the new one. Raises SetupError R02 or R03."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temp, "wb") as file:
-            for part in content:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def truncate_after(run_dir: Path, stage_order: Sequence[str], stage: str, step: int) -> set[str]:

@@ -91,7 +91,7 @@ class _Trackio:
 
     def __init__(self, module: ModuleType, run_dir: Path, project: str):
         self._module = module
-        module.init(project=project, name=run_dir.name)
+        module.init(project=project, name=run_dir.name, resume="allow")
 
     def write(self, record: dict[str, Any]) -> None:
         self._module.log({**scalars(record), f"{record.get('stage', 'run')}/step": int(record.get("step", 0))})

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from vrlt_fast.model.language import prefill, run_text
-from vrlt_fast.model.layout import GroupLayout, build_layout
+from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.vision import encode_clips
@@ -32,7 +32,8 @@ class RolloutRequest:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n] for training."""
+    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n] for training.
+    """
 
     response: Response
     tokens: tuple[int, ...]
@@ -67,7 +68,9 @@ def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Grou
         raise ValueError("generate needs at least one request, n >= 1, and one sampling for all")
     lm.module.eval()
     prompts = [r.prompt for r in requests]
-    layout = build_layout(prompts, [[[]] * r.n for r in requests], pad=lm.info.pad_token, device=lm.device)
+    rows = [[response_row(r.prompt, [])] * r.n for r in requests]
+    layout = build_layout(prompts, rows, pad=lm.info.pad_token, device=lm.device)
+    after = torch.tensor([p.next_position for p in prompts], device=lm.device)[layout.group]
     start = perf_counter()
     unique = list({p.clip.key: p.clip for p in prompts}.values())
     vision = shared_vision(lm, prompts)
@@ -77,7 +80,7 @@ def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Grou
     seeds = [(r.seed * 1_000_003 + i) % 2**63 for r in requests for i in range(r.n)]
     sampling = requests[0].sampling
     cache = DecodeCache(prefix, layout.group, sampling.max_new_tokens)
-    tokens, logprobs = _decode(lm, layout, cache, last.index_select(0, layout.group), seeds, sampling)
+    tokens, logprobs = _decode(lm, layout, cache, last.index_select(0, layout.group), after, seeds, sampling)
     lm.module.train()
     stats = RolloutStats(
         frames_encoded=sum(len(c.times) for c in unique),
@@ -88,7 +91,9 @@ def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Grou
 
 
 def shared_vision(lm: VideoLM, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Embeddings [sum of visual tokens, hidden] of the prompts' clips in order; a clip that stands twice is encoded once."""
+    """Embeddings [sum of visual tokens, hidden] of the prompts' clips in order; a clip that stands twice is encoded
+    once.
+    """
     clips = {p.clip.key: p.clip for p in prompts}
     pieces = encode_clips(lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
     by_key = dict(zip(clips, pieces, strict=True))
@@ -100,17 +105,20 @@ def _decode(
     layout: GroupLayout,
     cache: DecodeCache,
     hidden: torch.Tensor,
+    position: torch.Tensor,
     seeds: Sequence[int],
     sampling: Sampling,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 and log-probs fp32, both [rows, T]; a row that has stopped leaves the batch and is padded."""
+    """Tokens int64 and log-probs fp32, both [rows, T]; a row that has stopped leaves the batch and is padded.
+
+    ``hidden`` [rows, hidden] predicts the first token of each row, which gets ``position`` int64 [rows].
+    """
     device, pad = lm.device, lm.info.pad_token
     banned = torch.tensor(lm.info.visual_tokens, device=device)
     stops = torch.tensor(lm.info.stop_tokens, device=device)
     uniforms = row_uniforms(seeds, sampling.max_new_tokens).to(device)
     prefix_width = layout.ids.shape[1]
     visible = torch.arange(prefix_width, device=device) < layout.lengths[layout.group][:, None]
-    position = layout.next_position[layout.group]
     live = torch.arange(len(seeds), device=device)
     tokens = torch.full((len(seeds), sampling.max_new_tokens), pad, dtype=torch.int64, device=device)
     logprobs = torch.zeros(tokens.shape, device=device)
@@ -144,7 +152,9 @@ def _collect(
             length = next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids))
             reason = "stop" if ids[length - 1] in stops else "length"
             text = lm.info.tokenizer.decode(ids[: length - (reason == "stop")], skip_special_tokens=False)
-            completions.append(Completion(Response(text, length, reason), tuple(ids[:length]), probs[row, :length].clone()))
+            completions.append(
+                Completion(Response(text, length, reason), tuple(ids[:length]), probs[row, :length].clone())
+            )
             row += 1
         groups.append(Group(request, tuple(completions)))
     return groups

@@ -22,7 +22,9 @@ class DecodeCache:
         out[:, :, :length] = prefix.index_select(0, group)
         return out
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key.shape[2]
         self._keys[layer][:, :, self.length : end] = key
         self._values[layer][:, :, self.length : end] = value

@@ -1,4 +1,6 @@
-"""Drawing tokens in fp32. Each row owns its random numbers, so a row's tokens don't depend on what else is in the batch."""
+"""Drawing tokens in fp32. Each row owns its random numbers, so a row's tokens don't depend on what else is in the
+batch.
+"""
 
 from __future__ import annotations
 

@@ -41,15 +41,34 @@ class Feed:
         self.samples, self.failed = samples, 0
         self._info, self._loader, self._config, self._root, self._warn = info, loader, config, root, warn
         self._outcomes: deque[bool] = deque(maxlen=WINDOW)
+        by_video: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            by_video.setdefault(sample.video, []).append(index)
+        self._by_video = list(by_video.values())
+
+    def questions(self, batch: int, seed: int) -> BatchStream:
+        """An order over the samples, for :meth:`next`."""
+        return BatchStream(len(self.samples), batch, seed)
+
+    def videos(self, batch: int, seed: int) -> BatchStream:
+        """An order over the videos, for :meth:`next_videos`."""
+        return BatchStream(len(self._by_video), batch, seed)
 
     def next(self, stream: BatchStream) -> list[Prompt]:
-        """The prompts of the next step: fewer than the batch when videos fail, never others in their place.
+        """The prompts of the next samples: fewer than the batch when videos fail, never others in their place.
 
         Raises:
             DataError: D12 when more than ``data.max_failed_share`` of the last 500 videos failed.
         """
+        return self._prompts(stream.next())
+
+    def next_videos(self, stream: BatchStream) -> list[Prompt]:
+        """The prompts of all samples about the next videos; raises as :meth:`next`."""
+        return self._prompts([index for video in stream.next() for index in self._by_video[video]])
+
+    def _prompts(self, indices: Sequence[int]) -> list[Prompt]:
         prompts = []
-        for index in stream.next():
+        for index in indices:
             sample = self.samples[index]
             try:
                 clip = self._loader.load(resolve_video(sample, self._root))

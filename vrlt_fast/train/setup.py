@@ -51,12 +51,15 @@ def read_inputs(config: Config) -> Inputs:
     ``broken`` lists probed videos that can't be used, when they are few enough for the run to go on without them.
 
     Raises:
-        VrltError: all problems of the annotation files at once; the model's; D10 for prompts that are too long; D12 with
+        VrltError: all problems of the annotation files at once; the model's; D10 for prompts that are too long; D12
+        with
             all V codes when more than ``data.max_failed_share`` of the probed videos fail.
     """
     if not config.model.name or not config.data.train:
         key = "model.name" if not config.model.name else "data.train"
-        raise ConfigError(Problem("VRLT-C04", f"{key} is empty", key, fix=f"set {key} in the TOML file, or pass --{key}"))
+        raise ConfigError(
+            Problem("VRLT-C04", f"{key} is empty", key, fix=f"set {key} in the TOML file, or pass --{key}")
+        )
     info = inspect_model(config.model.name)
     pick_device(config.model.device)
     train = read_jsonl(Path(config.data.train), data_root(config, "train"))
@@ -98,22 +101,22 @@ def _at(problem: Problem, sample: Sample) -> Problem:
 
 
 def _too_long(config: Config, info: ModelInfo, sample: Sample, index: VideoIndex) -> Problem | None:
-    video, factor = config.video, info.geometry.factor
+    video, factor, reserve = config.video, info.geometry.factor, config.rollout.max_new_tokens
     frames = len(sample_frames(index.n_frames, index.fps, video))
     height, width = smart_resize(index.height, index.width, factor, video.min_pixels, video.max_pixels)
     tokens = frames // TUBELET * (height // factor) * (width // factor)
     timestamps = 8 * frames // TUBELET if config.prompt.video_layout == "interleaved" else 2
-    if tokens + timestamps + config.rollout.max_new_tokens + 32 < info.context // 2 and len(sample.question) < 2000:
+    if tokens + timestamps + reserve + 32 < info.context // 2 and len(sample.question) < 2000:
         return None
     text = len(info.tokenizer(render(info, sample, config.prompt), add_special_tokens=False)["input_ids"])
-    needed = tokens + timestamps + text + config.rollout.max_new_tokens
+    needed = tokens + timestamps + text + reserve
     if needed <= info.context:
         return None
     return Problem(
         "VRLT-D10",
         f"prompt and response need {needed} tokens, the model's context is {info.context}",
         where=sample.line,
-        why=f"{tokens} tokens are video ({frames} frames of {width} x {height}), {config.rollout.max_new_tokens} response",
+        why=f"{tokens} tokens are video ({frames} frames of {width} x {height}), {reserve} response",
         fix="lower video.max_frames, video.max_pixels or rollout.max_new_tokens",
     )
 
@@ -132,7 +135,9 @@ def create_run_folder(config: Config) -> Path:
     out = Path(config.train.out)
     if out.exists():
         raise SetupError(
-            Problem("VRLT-R01", "run folder exists already", str(out), fix="add --resume, or choose another --train.out")
+            Problem(
+                "VRLT-R01", "run folder exists already", str(out), fix="add --resume, or choose another --train.out"
+            )
         )
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with storage_errors(out):

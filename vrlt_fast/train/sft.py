@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from vrlt_kernels import token_logprob_ref
 
 from vrlt_fast.config import PromptConfig
 from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.model.language import response_logits
-from vrlt_fast.model.layout import build_layout
+from vrlt_fast.model.language import target_logits
+from vrlt_fast.model.layout import answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.rollout.engine import shared_vision
+from vrlt_kernels import token_logprob_ref
 
 
 def answer_tokens(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> list[int]:
@@ -28,19 +28,46 @@ def sft_backward(
 ) -> tuple[float, int]:
     """Accumulate the gradient of the mean negative log-likelihood (nats a token) of the answers.
 
+    Questions about the same video share its tokens: system message and video run once, the questions are rows behind
+    them.
     Returns the loss and the number of tokens that went through the model.
     """
     total = sum(len(a) for a in answers)
     loss, trained = 0.0, 0
-    for start in range(0, len(prompts), micro_rows):
-        chunk = prompts[start : start + micro_rows]
-        layout = build_layout(
-            chunk, [[a] for a in answers[start : start + micro_rows]], pad=lm.info.pad_token, device=lm.device
-        )
-        logits = response_logits(lm, layout, shared_vision(lm, chunk))
-        logp, _ = token_logprob_ref(logits, layout.responses[layout.mask])
+    for chunk in by_clip(prompts, micro_rows):
+        firsts = [prompts[group[0]] for group in chunk]
+        cuts = [common_prefix([prompts[i] for i in group]) for group in chunk]
+        rows = [
+            [answer_row(prompts[i], cut, answers[i]) for i in group] for cut, group in zip(cuts, chunk, strict=True)
+        ]
+        layout = build_layout(firsts, rows, pad=lm.info.pad_token, cuts=cuts, device=lm.device)
+        logp, _ = token_logprob_ref(target_logits(lm, layout, shared_vision(lm, firsts)), layout.targets)
         part = -logp.sum() / total
         torch.autograd.backward(part)
         loss += float(part.detach())
         trained += layout.tokens_trained
     return loss, trained
+
+
+def by_clip(prompts: Sequence[Prompt], micro_rows: int) -> list[list[list[int]]]:
+    """Micro-batches of at most ``micro_rows`` prompts; in each, the indices of the prompts grouped by clip."""
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].clip.key)
+    out = []
+    for start in range(0, len(order), micro_rows):
+        groups: dict[str, list[int]] = {}
+        for i in order[start : start + micro_rows]:
+            groups.setdefault(prompts[i].clip.key, []).append(i)
+        out.append(list(groups.values()))
+    return out
+
+
+def common_prefix(prompts: Sequence[Prompt]) -> int:
+    """How many leading tokens the prompts share, all visual ones among them; a token at least is left for the rows."""
+    first = prompts[0]
+    length = min(len(p) for p in prompts) - 1
+    for other in prompts[1:]:
+        differs = (first.ids[:length] != other.ids[:length]).nonzero()
+        length = int(differs[0]) if len(differs) else length
+    if length <= int(first.visual[-1]):
+        raise ValueError("prompts of one clip differ before the end of the video")
+    return length

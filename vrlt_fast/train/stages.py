@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +42,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.phases: dict[str, float] = {}
-        self._start = perf_counter()
+        self._start, self._start_cpu = perf_counter(), process_time()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,6 +53,10 @@ class Clock:
     @property
     def seconds(self) -> float:
         return perf_counter() - self._start
+
+    def record(self) -> Record:
+        """The fields of a train record that are times."""
+        return {"seconds": self.seconds, "cpu_seconds": process_time() - self._start_cpu, "phases": self.phases}
 
 
 class SftStage:
@@ -65,7 +69,7 @@ class SftStage:
         config, clock = self.config, Clock()
         sft = config.sft
         with clock.phase("decode"):
-            prompts = self.feed.next(self.stream)
+            prompts = self.feed.next_videos(self.stream)
         lr = cosine_lr(step, sft.steps, sft.lr, config.optim.warmup)
         record: Record = {"stage": "sft", "step": step, "steps": sft.steps, "lr": lr}
         if prompts:
@@ -74,7 +78,7 @@ class SftStage:
                 loss, tokens = sft_backward(self.lm, prompts, answers, config.train.micro_rows)
                 norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
             record |= {"loss": loss, "grad_norm": norm, "tokens_s": tokens / clock.seconds}
-        return record | {"seconds": clock.seconds, "phases": clock.phases}, []
+        return record | clock.record(), []
 
 
 class GrpoStage:
@@ -101,7 +105,7 @@ class GrpoStage:
         lr = constant_lr(step, config.grpo.steps, config.grpo.lr, config.optim.warmup)
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
-            return record | {"seconds": clock.seconds, "phases": clock.phases}, []
+            return record | clock.record(), []
         groups, rolled = generate(self.lm, self._requests(prompts, step))
         clock.phases |= rolled.seconds
         with clock.phase("reward"):
@@ -161,8 +165,7 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
         "truncated": statistics.fmean(r.finish_reason == "length" for r in responses),
         "loss": stats.loss,
         "tokens_s": stats.tokens_trained / clock.seconds,
-        "seconds": clock.seconds,
-        "phases": clock.phases,
+        **clock.record(),
         "zero_signal_groups": sum(not s.has_signal for s in scored),
         "frames_encoded": rolled.frames_encoded,
         "prefix_tokens_prefilled": rolled.prefix_tokens_prefilled,
@@ -188,5 +191,7 @@ def completion_records(scored: Sequence[ScoredGroup], step: int) -> list[Record]
             "advantage": advantage,
         }
         for s in scored
-        for completion, parts, reward, advantage in zip(s.group.completions, s.parts, s.rewards, s.advantages, strict=True)
+        for completion, parts, reward, advantage in zip(
+            s.group.completions, s.parts, s.rewards, s.advantages, strict=True
+        )
     ]

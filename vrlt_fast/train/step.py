@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from vrlt_kernels import group_advantages_ref, policy_loss_ref, token_logprob_ref
 
 from vrlt_fast.config import GrpoConfig
-from vrlt_fast.model.language import response_logits
-from vrlt_fast.model.layout import GroupLayout, build_layout
+from vrlt_fast.model.language import target_logits
+from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
 from vrlt_fast.rollout.engine import Group, shared_vision
+from vrlt_kernels import group_advantages_ref, policy_loss_ref, token_logprob_ref
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def grpo_backward(
     rows = sum(len(s.advantages) for s in scored)
     for number, chunk in enumerate(micro_batches(scored, micro_rows)):
         layout = group_layout(lm, chunk)
-        target, mask = layout.responses[layout.mask], layout.mask
+        target, mask = layout.targets, layout.mask
         advantage = torch.tensor([a for s in chunk for a in s.advantages], device=lm.device)
         weight = _weights(layout, grpo.reduction, stats.tokens, rows)
         prompts = [s.group.request.prompt for s in chunk]
@@ -103,9 +103,9 @@ def grpo_backward(
             with torch.no_grad():
                 same_tower = not vision.requires_grad
                 ref_vision = vision if same_tower else shared_vision(reference, prompts)
-                ref_logp, _ = token_logprob_ref(response_logits(reference, layout, ref_vision), target, temperature)
+                ref_logp, _ = token_logprob_ref(target_logits(reference, layout, ref_vision), target, temperature)
         stats.reference_seconds += perf_counter() - begin
-        logp, entropy = token_logprob_ref(response_logits(lm, layout, vision), target, temperature)
+        logp, entropy = token_logprob_ref(target_logits(lm, layout, vision), target, temperature)
         out = policy_loss_ref(
             logp,
             advantage[:, None].expand_as(mask)[mask],
@@ -133,8 +133,8 @@ def score_old(lm: VideoLM, scored: Sequence[ScoredGroup], *, temperature: float,
     for chunk in micro_batches(scored, micro_rows):
         layout = group_layout(lm, chunk)
         vision = shared_vision(lm, [s.group.request.prompt for s in chunk])
-        logits = response_logits(lm, layout, vision)
-        out.append(token_logprob_ref(logits, layout.responses[layout.mask], temperature)[0])
+        logits = target_logits(lm, layout, vision)
+        out.append(token_logprob_ref(logits, layout.targets, temperature)[0])
     return out
 
 
@@ -153,14 +153,13 @@ def micro_batches(scored: Sequence[ScoredGroup], micro_rows: int) -> list[list[S
 
 def group_layout(lm: VideoLM, chunk: Sequence[ScoredGroup]) -> GroupLayout:
     """The layout of some groups' prompts and responses."""
-    responses = [[c.tokens for c in s.group.completions] for s in chunk]
-    return build_layout(
-        [s.group.request.prompt for s in chunk], responses, pad=lm.info.pad_token, device=lm.device
-    )
+    prompts = [s.group.request.prompt for s in chunk]
+    rows = [[response_row(p, c.tokens) for c in s.group.completions] for p, s in zip(prompts, chunk, strict=True)]
+    return build_layout(prompts, rows, pad=lm.info.pad_token, device=lm.device)
 
 
 def _weights(layout: GroupLayout, reduction: str, tokens: int, rows: int) -> torch.Tensor:
     """Weight fp32 [rows] of each token of a response."""
     if reduction == "token":
         return torch.full((len(layout.group),), 1.0 / tokens, device=layout.ids.device)
-    return 1.0 / (rows * layout.response_lengths.float())
+    return 1.0 / (rows * layout.row_lengths.float())

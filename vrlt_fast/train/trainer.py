@@ -15,7 +15,6 @@ import torch
 
 from vrlt_fast.config import Config
 from vrlt_fast.config_load import dump_toml
-from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.errors import Problem, SetupError, Stopped
 from vrlt_fast.evals.run import data_root, evaluate
 from vrlt_fast.files import write_lines
@@ -46,7 +45,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """Run all stages and return the run folder.
 
     Raises:
-        VrltError: what is wrong with the inputs, before the run folder exists; S02 when a signal stopped the run after a
+        VrltError: what is wrong with the inputs, before the run folder exists; S02 when a signal stopped the run
+        after a
             checkpoint; other codes as they happen. Everything but C, D01-D11, M and R01 can go on with ``resume=True``.
     """
     console = console or Console()
@@ -67,7 +67,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def dry_run(config: Config) -> str:
-    """The resolved configuration and what would be trained; checks everything that :func:`train` checks, writes nothing."""
+    """The resolved configuration and what would be trained; checks everything that :func:`train` checks, writes
+    nothing.
+    """
     return dump_toml(config) + "\n" + describe(config, read_inputs(config))
 
 
@@ -118,7 +120,9 @@ class Trainer:
         loaded = load_checkpoint(latest)
         if loaded.state["data"] != self.inputs.fingerprint:
             raise SetupError(
-                Problem("VRLT-K03", "the training file isn't the run's", self.config.data.train, "its bytes have changed")
+                Problem(
+                    "VRLT-K03", "the training file isn't the run's", self.config.data.train, "its bytes have changed"
+                )
             )
         load_weights_into(latest, self.lm.module, verified=True)
         self._resume_from, self._tensors = loaded.state, loaded.tensors
@@ -169,13 +173,12 @@ class Trainer:
 
     def _make_stage(self, name: str) -> Stage:
         config = self.config
-        batch = config.sft.batch if name == "sft" else config.rollout.prompts
         seed = config.train.seed * 2 + config.train.stages.index(name)
-        stream = BatchStream(len(self.inputs.train), batch, seed)
-        lr = config.sft.lr if name == "sft" else config.grpo.lr
-        optimizer = make_optimizer(self.lm, config.optim, lr)
         if name == "sft":
-            return SftStage(config, self.lm, self.feed, stream, optimizer)
+            optimizer = make_optimizer(self.lm, config.optim, config.sft.lr)
+            return SftStage(config, self.lm, self.feed, self.feed.videos(config.sft.batch, seed), optimizer)
+        optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
+        stream = self.feed.questions(config.rollout.prompts, seed)
         return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer)
 
     def _reference(self) -> VideoLM | None:
@@ -185,7 +188,9 @@ class Trainer:
         reference = load_model(self.config.model, self.inputs.info)
         before = self.config.train.stages.index("grpo") - 1
         if before >= 0:
-            load_weights_into(self.checkpoints / checkpoint_name(self.config.train.stages[before], None), reference.module)
+            load_weights_into(
+                self.checkpoints / checkpoint_name(self.config.train.stages[before], None), reference.module
+            )
         reference.module.requires_grad_(False)
         reference.module.eval()
         return reference
@@ -198,7 +203,9 @@ class Trainer:
             out = self.config.train.out
             raise Stopped(
                 Problem(
-                    "VRLT-S02", f"stopped by {self._stop_signal} after step {step} of {name}", out,
+                    "VRLT-S02",
+                    f"stopped by {self._stop_signal} after step {step} of {name}",
+                    out,
                     fix="go on with the same command and --resume",
                 )
             )
@@ -233,7 +240,9 @@ class Trainer:
         for error in result.failed:
             self.console.warn(f"question left out of the evaluation: {error}")
         write_lines(self.run_dir / "eval" / f"{label}.jsonl", result.rows)
-        self.log.eval({"label": label, "stage": stage, "step": step, "metrics": result.metrics, "failed": len(result.failed)})
+        self.log.eval(
+            {"label": label, "stage": stage, "step": step, "metrics": result.metrics, "failed": len(result.failed)}
+        )
         records = [r for r in read_jsonl_tolerant(self.run_dir / "metrics.jsonl") if r["kind"] == "eval"]
         self.console.eval_table(records)
 

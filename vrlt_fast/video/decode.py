@@ -1,7 +1,8 @@
 """Video files to RGB frames, matched by presentation time.
 
 PyAV, one sequential pass: every frame up to the last one asked for is decoded, so the frames returned are those that a
-plain sequential decode gives. Problems with a file are :class:`~vrlt_fast.errors.VideoError`; they cost a sample, not a run.
+plain sequential decode gives. Problems with a file are :class:`~vrlt_fast.errors.VideoError`; they cost a sample, not
+a run.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ def decode_frames(index: VideoIndex, frames: Sequence[int]) -> np.ndarray:
     missing = sorted(wanted - pictures.keys())
     if missing:
         raise _fail(
-            "VRLT-V05", index.path, f"{len(missing)} of {len(wanted)} frames can't be decoded, the first is {missing[0]}"
+            "VRLT-V05",
+            index.path,
+            f"{len(missing)} of {len(wanted)} frames can't be decoded, the first is {missing[0]}",
         )
     return np.stack([pictures[i] for i in frames])

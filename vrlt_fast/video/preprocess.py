@@ -29,7 +29,8 @@ class Geometry:
 class Clip:
     """A decoded video as the tower takes it.
 
-    ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation time in
+    ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation
+    time in
     seconds of each of the 2 t frames, ``key`` names content and preprocessing (equal keys, equal patches).
     """
 
@@ -88,7 +89,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def patchify(frames: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Cut pictures uint8 [2 t, 3, H, W] into patches [t h w, 3 * 2 * p * p]; merged patches stand next to each other."""
+    """Cut pictures uint8 [2 t, 3, H, W] into patches [t h w, 3 * 2 * p * p]; merged patches stand next to each other.
+    """
     n, _, height, width = frames.shape
     p, m = geometry.patch, geometry.merge
     t, h, w = n // TUBELET, height // p, width // p
@@ -98,7 +100,9 @@ def patchify(frames: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, tu
 
 
 def resize(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic resize of uint8 [F, H, W, 3] by torch's native uint8 kernel, to uint8 [F, 3, height, width]."""
+    """Antialiased bicubic resize of uint8 [F, H, W, 3] by torch's native uint8 kernel, to uint8 [F, 3, height,
+    width].
+    """
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     if x.shape[-2:] == (height, width):
         return x

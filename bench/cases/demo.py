@@ -1,0 +1,346 @@
+"""demo: does GRPO with the dual reward teach the tiny model, and what of it is not mere sharpening?
+
+For each seed (model initialisation, data order, sampling): the demo recipe, then from the end of its SFT stage two
+controls
+that get the CPU time of the GRPO stage: more SFT, and GRPO with shuffled rewards. The SFT policy is also sampled at
+lower
+temperatures. All on every held-out question, 4 sampled answers each at temperature 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Claim, Record, median_of, summarize, write_result
+
+METRICS = {
+    "sampled_tiou": ("sampled", "all", "tiou"),
+    "greedy_tiou": ("greedy", "all", "tiou"),
+    "sampled_well_formed": ("sampled", "all", "well_formed"),
+    "greedy_well_formed": ("greedy", "all", "well_formed"),
+    "sampled_accuracy": ("sampled", "videoqa", "accuracy"),
+    "greedy_accuracy": ("greedy", "videoqa", "accuracy"),
+}
+SHARPER = (0.5, 0.25)
+ARMS = ("start", "sft", "grpo", "more_sft", "shuffled", "grpo_grey")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run all arms and write bench/results/demo.cpu.json (or --out)."""
+    parser = argparse.ArgumentParser(prog="python -m bench demo")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/bench-demo"),
+        help="folder for data and runs; a finished seed is not run again",
+    )
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
+    options = parser.parse_args(argv)
+    finished = [_seed(options, seed) for seed in options.seeds]
+    records = [
+        r for seed, values in zip(options.seeds, finished, strict=True) for r in _records(f"seed={seed}", values)
+    ]
+    write_result("demo", "cpu", records, claims, seed=list(options.seeds), path=options.out)
+
+
+def _seed(options: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    done = options.work / f"seed{seed}.json"
+    if not done.exists():
+        values = DemoSeed(options, seed).run()
+        done.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    loaded: dict[str, dict[str, float]] = json.loads(done.read_text(encoding="utf-8"))
+    return loaded
+
+
+@dataclass
+class DemoSeed:
+    """All arms of one seed."""
+
+    options: argparse.Namespace
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.options.work) / f"seed{self.seed}"
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Values by arm and metric."""
+        from vrlt_fast.data.demo import build_demo
+        from vrlt_fast.model.tiny import build_tiny
+        from vrlt_fast.train.trainer import train
+
+        data = Path(self.options.work) / "data"
+        if not data.exists():
+            build_demo(data, seed=0)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        build_tiny(self.folder / "tiny-model", train_jsonl=data / "train.jsonl", seed=self.seed)
+        main = train(self.config("grpo", model=self.folder / "tiny-model"))
+        sft = main / "checkpoints" / "sft-final"
+        spent = _cpu_seconds(main, "grpo")
+        each = statistics.median(_per_step(main, "sft"))
+        steps = round(spent / each)
+        more = train(self.config("more_sft", model=sft, stages=["sft"], sft_steps=steps))
+        shuffled = train(self.config("shuffled", model=sft, stages=["grpo"], shuffle=True))
+        values = {arm: _from_log(main, arm) for arm in ("start", "sft", "grpo")}
+        values["more_sft"] = _from_log(more, "sft") | {"cpu_seconds": _cpu_seconds(more, "sft")}
+        values["shuffled"] = _from_log(shuffled, "grpo") | {"cpu_seconds": _cpu_seconds(shuffled, "grpo")}
+        values["grpo"] |= {"cpu_seconds": spent}
+        values |= self.extra(main)
+        return values
+
+    def config(
+        self, name: str, *, model: Path, stages: Sequence[str] = (), sft_steps: int = 0, shuffle: bool = False
+    ) -> Any:
+        from vrlt_fast.config_load import load_config
+        from vrlt_fast.recipe import recipe_path
+
+        data = Path(self.options.work) / "data"
+        overrides: dict[str, Any] = {
+            "model.name": str(model),
+            "data.train": str(data / "train.jsonl"),
+            "data.eval": str(data / "heldout.jsonl"),
+            "train.out": str(self.folder / name),
+            "train.seed": self.seed,
+            "eval.samples": 0,
+            "checkpoint.every": 0,
+        }
+        overrides |= {"train.stages": list(stages)} if stages else {}
+        overrides |= {"sft.steps": sft_steps} if sft_steps else {}
+        overrides |= {"reward.shuffle": True} if shuffle else {}
+        overrides |= dict(pair.split("=", 1) for pair in self.options.set)
+        return load_config([recipe_path(self.options.recipe)], list(overrides.items()))
+
+    def extra(self, main: Path) -> dict[str, dict[str, float]]:
+        """What the run itself doesn't evaluate: the SFT policy at lower temperatures, GRPO's on grey pictures,
+        bounds.
+        """
+        from vrlt_fast.data.readers import read_jsonl
+        from vrlt_fast.evals.metrics import best_constant_span
+        from vrlt_fast.evals.run import evaluate
+        from vrlt_fast.model.load import load_model
+        from vrlt_fast.video.cache import ClipLoader
+
+        values: dict[str, dict[str, float]] = {}
+        data = Path(self.options.work) / "data"
+        samples = read_jsonl(data / "heldout.jsonl")
+        for stage in ("sft", "grpo"):
+            config = self.config("unused", model=main / "checkpoints" / f"{stage}-final")
+            lm = load_model(config.model)
+            loader = ClipLoader(config.video, lm.info.geometry)
+            if stage == "sft":
+                result = evaluate(lm, samples, loader, config, root=data, temperatures=[1.0, *SHARPER])
+                for t in SHARPER:
+                    values[f"sft_t{t}"] = {
+                        k: result.metrics[f"sampled@{t}"][task][m]
+                        for k, (kind, task, m) in METRICS.items()
+                        if kind == "sampled"
+                    }
+            else:
+                result = evaluate(lm, samples, loader, config, root=data, alter=_grey)
+                values["grpo_grey"] = _metrics(result.metrics)
+        values["constant"] = {"greedy_tiou": best_constant_span(samples)[1]}
+        before, after = (_grounded_tiou(main / "eval" / f"{label}.jsonl") for label in ("sft", "grpo"))
+        low, high = bootstrap([b - a for a, b in zip(before, after, strict=True)], seed=self.seed)
+        values["paired"] = {"gain_low": low, "gain_high": high}
+        for stage, name in (("sft", "entropy_first"), ("grpo", "entropy_last")):
+            entropies = [r["entropy"] for r in _train_records(main, "grpo")]
+            part = entropies[:5] if stage == "sft" else entropies[-5:]
+            values["paired"][name] = statistics.fmean(part)
+        return values
+
+
+def _grey(clip: Any) -> Any:
+    from dataclasses import replace
+
+    import torch
+
+    return replace(clip, patches=torch.full_like(clip.patches, 128), key=f"grey-{clip.key}")
+
+
+def _train_records(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == "train" and r["stage"] == stage]
+
+
+def _per_step(run_dir: Path, stage: str) -> list[float]:
+    return [r["cpu_seconds"] for r in _train_records(run_dir, stage)]
+
+
+def _cpu_seconds(run_dir: Path, stage: str) -> float:
+    return sum(_per_step(run_dir, stage))
+
+
+def _from_log(run_dir: Path, label: str) -> dict[str, float]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [r for r in map(json.loads, lines) if r["kind"] == "eval" and r["label"] == label]
+    return _metrics(found[-1]["metrics"])
+
+
+def _metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: metrics[kind][task][metric] for name, (kind, task, metric) in METRICS.items()}
+
+
+def _grounded_tiou(path: Path) -> list[float]:
+    """Mean tIoU of the sampled answers, a question with spans each."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [statistics.fmean(a["tiou"] for a in row["sampled"]) for row in rows if row["spans"]]
+
+
+def bootstrap(differences: Sequence[float], *, seed: int, rounds: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, by resampling questions."""
+    rng = random.Random(seed)
+    means = sorted(statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(rounds))
+    return means[int(0.025 * rounds)], means[int(0.975 * rounds) - 1]
+
+
+def _records(shape: str, values: dict[str, dict[str, float]]) -> list[Record]:
+    units = {"cpu_seconds": "s", "entropy_first": "nat", "entropy_last": "nat"}
+    return [
+        summarize(arm, shape, metric, units.get(metric, "share"), [value])
+        for arm, metrics in values.items()
+        for metric, value in metrics.items()
+    ]
+
+
+def _difference(records: Sequence[Record], metric: str, a: str, b: str) -> Callable[[str], float]:
+    return lambda shape: (
+        median_of(records, metric=metric, arm=a, shape=shape) - median_of(records, metric=metric, arm=b, shape=shape)
+    )
+
+
+def claims(records: list[Record]) -> list[Claim]:
+    """Aggregates are the worst seed's."""
+    shapes = sorted({r.shape for r in records})
+
+    def value(metric: str, arm: str) -> Callable[[str], float]:
+        return lambda shape: median_of(records, metric=metric, arm=arm, shape=shape)
+
+    def least(of: Callable[[str], float]) -> float:
+        return min(of(s) for s in shapes)
+
+    def most(of: Callable[[str], float]) -> float:
+        return max(of(s) for s in shapes)
+
+    def over_best_sharpened(shape: str) -> float:
+        best = max(value("sampled_tiou", f"sft_t{t}")(shape) for t in SHARPER)
+        return value("sampled_tiou", "grpo")(shape) - best
+
+    diff = lambda metric, a, b: _difference(records, metric, a, b)  # noqa: E731
+    return [
+        Claim(
+            "demo.miou_gain",
+            "GRPO over SFT: mean tIoU of answers sampled at temperature 1, least of all seeds",
+            least(diff("sampled_tiou", "grpo", "sft")),
+            0.08,
+        ),
+        Claim(
+            "demo.miou_gain_interval",
+            "lower end of the paired 95 % bootstrap interval of that gain, least of all seeds",
+            least(value("gain_low", "paired")),
+            0.0,
+            ">",
+        ),
+        Claim(
+            "demo.greedy_change",
+            "GRPO over SFT: greedy mean tIoU, least of all seeds",
+            least(diff("greedy_tiou", "grpo", "sft")),
+            -0.01,
+        ),
+        Claim(
+            "demo.well_formed",
+            "well-formed sampled answers after GRPO, least of all seeds",
+            least(value("sampled_well_formed", "grpo")),
+            0.95,
+        ),
+        Claim(
+            "demo.accuracy_change",
+            "GRPO over SFT: VideoQA accuracy of sampled answers, least of all seeds",
+            least(diff("sampled_accuracy", "grpo", "sft")),
+            -0.03,
+        ),
+        Claim(
+            "demo.greedy_accuracy_change",
+            "GRPO over SFT: greedy VideoQA accuracy, least of all seeds",
+            least(diff("greedy_accuracy", "grpo", "sft")),
+            -0.03,
+        ),
+        Claim(
+            "demo.shuffled_gain",
+            "control, GRPO with shuffled rewards over SFT: sampled mean tIoU, most of all seeds",
+            most(diff("sampled_tiou", "shuffled", "sft")),
+            0.02,
+            "<=",
+        ),
+        Claim(
+            "demo.over_more_sft",
+            "GRPO over SFT continued for the same CPU time: sampled mean tIoU, least of all seeds",
+            least(diff("sampled_tiou", "grpo", "more_sft")),
+            0.0,
+        ),
+        Claim(
+            "demo.over_sharpening",
+            "GRPO at temperature 1 over SFT at its best of temperatures 0.5 and 0.25: mean tIoU, least of all seeds",
+            least(over_best_sharpened),
+            0.0,
+        ),
+        Claim(
+            "demo.over_constant",
+            "greedy mean tIoU after GRPO over the best constant span, least of all seeds",
+            least(diff("greedy_tiou", "grpo", "constant")),
+            0.0,
+        ),
+        Claim(
+            "demo.blind_drop",
+            "greedy mean tIoU after GRPO lost when all frames are grey, least of all seeds",
+            least(diff("greedy_tiou", "grpo", "grpo_grey")),
+            0.15,
+        ),
+        Claim(
+            "demo.blind_accuracy",
+            "VideoQA accuracy after GRPO on grey frames, greedy, most of all seeds (chance is 0.25 to 0.33)",
+            most(value("greedy_accuracy", "grpo_grey")),
+            0.40,
+            "<=",
+        ),
+    ]
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """``arms``: the metrics of each arm, a column a seed."""
+    records = [Record(**r) for r in result["records"]]
+    shapes = sorted({r.shape for r in records})
+    rows = [
+        ("after SFT", "sft"),
+        ("after GRPO", "grpo"),
+        ("control: more SFT instead", "more_sft"),
+        ("control: GRPO, rewards shuffled", "shuffled"),
+        ("SFT policy at temperature 0.5", "sft_t0.5"),
+        ("SFT policy at temperature 0.25", "sft_t0.25"),
+        ("after GRPO, frames grey", "grpo_grey"),
+        ("best constant span", "constant"),
+    ]
+    head = "| | sampled mean tIoU | greedy mean tIoU | VideoQA accuracy, greedy | well-formed, sampled |"
+    lines = [head, "|---|---|---|---|---|"]
+    for label, arm in rows:
+        cells = [
+            _cell(records, shapes, arm, m)
+            for m in ("sampled_tiou", "greedy_tiou", "greedy_accuracy", "sampled_well_formed")
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return {"arms": "\n".join(lines)}
+
+
+def _cell(records: Sequence[Record], shapes: Sequence[str], arm: str, metric: str) -> str:
+    values = [r.median for s in shapes for r in records if (r.arm, r.metric, r.shape) == (arm, metric, s)]
+    return " / ".join(f"{v:.3f}" for v in values) or "-"

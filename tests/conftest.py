@@ -1,0 +1,37 @@
+"""Shared fixtures: a printed seed, a small data set of real MP4 files, a tiny model."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, printed so that a failure can be repeated with VRLT_TEST_SEED."""
+    value = int(os.environ.get("VRLT_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    print(f"VRLT_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo data set of 12 + 6 clips."""
+    from vrlt_fast.data.demo import build_demo
+
+    out = tmp_path_factory.mktemp("demo") / "data"
+    build_demo(out, seed=3, train_clips=12, heldout_clips=6, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's tiny model as an HF folder."""
+    from vrlt_fast.model.tiny import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("model") / "tiny", train_jsonl=demo / "train.jsonl", seed=1)

@@ -1,0 +1,280 @@
+"""The command ``vrlt``. Exit codes: 0 done, 2 configuration, 3 data, 4 environment, 75 stopped, 1 a bug."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from vrlt_fast.cli_args import Command, parse, usage
+from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VrltError
+
+if TYPE_CHECKING:
+    from vrlt_fast.config import Config
+    from vrlt_fast.report.console import Console
+
+_SHOWN = 50  # problems on the console; vrlt data check prints all
+_RESOLVED = "config.resolved.toml"
+_TRAIN_PACKAGES = {"av", "numpy", "pydantic", "rich", "safetensors", "tomli", "tomli_w", "torch", "transformers"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code. Prints every error itself."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except VrltError as error:
+        _print_problems(error.problems)
+        return error.exit_code
+    except SystemExit as error:  # argparse's --help
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        _print_problems(
+            [Problem("VRLT-S02", "interrupted", fix="a training run goes on with: vrlt train ... --resume")]
+        )
+        return 75
+    except BrokenPipeError:  # vrlt recipe show demo | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
+            return _unexpected(error, debug)
+        fix = "pip install 'vrlt-fast[train]'"
+        _print_problems([Problem("VRLT-E01", f"the package {error.name} is not installed", fix=fix)])
+        return 4
+    except Exception as error:
+        return _unexpected(error, debug)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0 if words else 2
+    if words[0] in ("--version", "-V"):
+        from vrlt_fast import __version__
+
+        sys.stdout.write(f"vrlt_fast {__version__}\n")
+        return 0
+    command = parse(words)
+    return _COMMANDS[command.verb](command)
+
+
+def _train(command: Command) -> int:
+    config = _config(command.flags.files, command.overrides, "train")
+    if command.flags.resume and command.flags.dry_run:
+        raise ConfigError(Problem("VRLT-C04", "--resume and --dry-run exclude each other", fix="leave one out"))
+    from vrlt_fast.train.trainer import dry_run, train
+
+    if command.flags.dry_run:
+        sys.stdout.write(dry_run(config) + "\n")
+    else:
+        train(config, resume=command.flags.resume)
+    return 0
+
+
+def _config(names: Sequence[str], overrides: dict[str, str], verb: str) -> Config:
+    from vrlt_fast.config_load import load_config
+    from vrlt_fast.recipe import find_file
+
+    return load_config([find_file(name) for name in names], overrides, verb="train" if verb == "train" else "eval")
+
+
+def _eval(command: Command) -> int:
+    flags = command.flags
+    config = eval_config(flags.model, flags.data, flags.config, command.overrides)
+    from vrlt_fast.evals.run import evaluate_folder
+    from vrlt_fast.report.console import Console
+
+    console = Console()
+    out = Path(flags.out) if flags.out else None
+    with _Bar(console, "evaluate") as bar:
+        metrics = evaluate_folder(config, out, bar)
+    console.eval_table([{"label": Path(flags.model).name, "metrics": metrics}])
+    if out is not None:
+        console.message(f"predictions: {out}")
+    return 0
+
+
+def eval_config(model: str, data: str | None, files: Sequence[str], overrides: dict[str, str]) -> Config:
+    """The configuration of ``vrlt eval``: a checkpoint's run < files < overrides, with MODEL_DIR and --data on top."""
+    from vrlt_fast.config_load import load_config
+
+    own = Path(model).resolve().parent
+    resolved = own.parent / _RESOLVED
+    from_run = [str(resolved)] if own.name == "checkpoints" and resolved.is_file() else []
+    given = {**overrides, "model.name": model}
+    if data is not None:
+        given["data.eval"] = data
+        if from_run and not files and "data.root" not in overrides:
+            before = load_config([resolved]).data.eval
+            # The run's root belongs to the run's file; another file brings its own folder.
+            if not before or Path(before).resolve() != Path(data).resolve():
+                given["data.root"] = ""
+    return _config([*from_run, *files], given, "eval")
+
+
+class _Bar:
+    """A ``progress(done, total)`` that opens the console's bar with its first call."""
+
+    def __init__(self, console: Console, description: str):
+        self._console, self._description = console, description
+        self._stack = ExitStack()
+        self._advance: Callable[[int], None] | None = None
+        self._done = 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._advance is None:
+            self._advance = self._stack.enter_context(self._console.progress(self._description, total))
+        self._advance(done - self._done)
+        self._done = done
+
+
+def _data_demo(command: Command) -> int:
+    from vrlt_fast.report.console import Console
+
+    flags = command.flags
+    for name in ("train_clips", "heldout_clips"):
+        if getattr(flags, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(Problem("VRLT-C02", f"{flag} is {getattr(flags, name)}; needs 1 or more", "command line"))
+    out, console = Path(flags.out), Console()
+    from vrlt_fast.data.demo import build_demo
+    from vrlt_fast.files import storage_errors
+
+    with storage_errors(out):
+        # An interrupt between the two steps leaves the data without the model: only the model is made then.
+        if not (out / "train.jsonl").is_file() or (out / "tiny-model").exists():
+            with _Bar(console, "make videos") as bar:
+                build_demo(
+                    out, seed=flags.seed, train_clips=flags.train_clips, heldout_clips=flags.heldout_clips, progress=bar
+                )
+        _tiny_model(out, flags.seed)
+    console.message(f"{out}: train.jsonl, heldout.jsonl, videos/, tiny-model/")
+    return 0
+
+
+def _tiny_model(out: Path, seed: int) -> None:
+    from vrlt_fast.model.tiny import build_tiny
+
+    aside = out / "tiny-model.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    build_tiny(aside, train_jsonl=out / "train.jsonl", seed=seed)
+    aside.rename(out / "tiny-model")
+
+
+def _data_check(command: Command) -> int:
+    from vrlt_fast.data.check import check_dataset
+    from vrlt_fast.report.console import Console
+
+    console = Console()
+    with _Bar(console, "open videos") as bar:
+        report = check_dataset(command.flags.file, command.flags.root, progress=bar)
+    sys.stdout.write("".join(f"{problem}\n" for problem in report.problems) + report.summary() + "\n")
+    return 0 if report.ok else DataError(report.problems).exit_code
+
+
+def _report(command: Command) -> int:
+    from vrlt_fast.report.html import write_report
+
+    sys.stdout.write(f"{write_report(Path(command.flags.run))}\n")
+    return 0
+
+
+def _doctor(command: Command) -> int:
+    from vrlt_fast import doctor
+
+    found = doctor.examine()
+    sys.stdout.write(doctor.as_json(found) if command.flags.json else doctor.as_text(found))
+    return 4 if found.missing else 0
+
+
+def _recipe_ls(_command: Command) -> int:
+    from vrlt_fast.recipe import recipe_names, summary
+
+    names = recipe_names()
+    width = max(map(len, names), default=0)
+    sys.stdout.write("".join(f"{name:<{width}}  {summary(name)}\n" for name in names))
+    return 0
+
+
+def _recipe_show(command: Command) -> int:
+    from vrlt_fast.recipe import recipe_path
+
+    sys.stdout.write(recipe_path(command.flags.name).read_text("utf-8"))
+    return 0
+
+
+def _recipe_cp(command: Command) -> int:
+    from vrlt_fast.files import storage_errors
+    from vrlt_fast.recipe import recipe_path
+
+    name = command.flags.name
+    out = Path(command.flags.out or f"{name}.toml")
+    text = recipe_path(name).read_text("utf-8")
+    try:
+        with storage_errors(out), out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except SetupError as error:
+        if not isinstance(error.__cause__, FileExistsError):
+            raise
+        fix = f"vrlt recipe cp {name} OTHER.toml"
+        raise ConfigError(Problem("VRLT-C03", "the file exists already", str(out), fix=fix)) from error
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Command], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "data demo": _data_demo,
+    "data check": _data_check,
+    "report": _report,
+    "doctor": _doctor,
+    "recipe ls": _recipe_ls,
+    "recipe show": _recipe_show,
+    "recipe cp": _recipe_cp,
+}
+
+
+def _print_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems[:_SHOWN]:
+        sys.stderr.write(f"{_red('error', sys.stderr)} {problem}\n")
+    if len(problems) > _SHOWN:
+        sys.stderr.write(
+            f"and {len(problems) - _SHOWN} more; vrlt data check FILE prints all problems of a data file\n"
+        )
+
+
+def _red(text: str, stream: TextIO) -> str:
+    plain = not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[1;31m{text}\x1b[0m"
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    details = "".join(traceback.format_exception(error))
+    head = f"{_red('error', sys.stderr)} unexpected {type(error).__name__}: {error}\n"
+    if not debug:
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="vrlt-", suffix=".log", delete=False, encoding="utf-8") as log:
+                log.write(details)
+            details = f"    why: a bug in vrlt_fast; the traceback is in {log.name} (--debug prints it)\n"
+        except OSError:
+            pass  # no place for a log: the traceback itself
+    sys.stderr.write(head + details)
+    return 1

@@ -1,0 +1,126 @@
+"""What is installed, what the machine has, and which paths a run takes here, with the reason where one isn't taken."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from vrlt_fast import __version__
+
+_NEEDED = ("torch", "transformers", "safetensors", "numpy", "pydantic", "tomli-w", "rich", "av")
+# Package to what installs it. triton comes with vrlt-fast on Linux; nothing of this version runs it.
+_OPTIONAL = {
+    "triton": "triton",
+    "scikit-video": "'vrlt-fast[demo]'",
+    "tensorboard": "'vrlt-fast[log]'",
+    "trackio": "'vrlt-fast[log]'",
+    "wandb": "'vrlt-fast[log]'",
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do a part of the work."""
+
+    name: str
+    active: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """``packages`` and ``optional`` map names to versions ('' = not installed); ``missing`` are needed and absent."""
+
+    system: dict[str, str]
+    packages: dict[str, str]
+    optional: dict[str, str]
+    ways: tuple[Way, ...]
+    missing: tuple[str, ...]
+
+
+def examine() -> Findings:
+    """Look at this machine. Imports torch and PyAV where they are installed; changes nothing."""
+    packages = {name: _version(name) for name in _NEEDED}
+    optional = {name: _version(name) for name in _OPTIONAL}
+    system = {
+        "vrlt_fast": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cuda": _cuda(),
+        "ffmpeg": _ffmpeg(),
+    }
+    missing = tuple(name for name, found in packages.items() if not found)
+    return Findings(system, packages, optional, _ways(system, optional), missing)
+
+
+def as_json(found: Findings) -> str:
+    """One JSON object."""
+    return json.dumps(asdict(found), indent=1) + "\n"
+
+
+def as_text(found: Findings) -> str:
+    """A few aligned tables."""
+    rows = [*found.system.items(), ("", "")]
+    rows += [(name, seen or "missing: pip install 'vrlt-fast[train]'") for name, seen in found.packages.items()]
+    rows += [("", "")]
+    rows += [(name, seen or f"not installed: pip install {_OPTIONAL[name]}") for name, seen in found.optional.items()]
+    rows += [("", "")]
+    rows += [(way.name, f"{'yes' if way.active else 'no '}  {way.why}") for way in found.ways]
+    width = max(len(name) for name, _ in rows)
+    return "".join(f"{name:<{width}}  {text}".rstrip() + "\n" for name, text in rows)
+
+
+def _ways(system: dict[str, str], optional: dict[str, str]) -> tuple[Way, ...]:
+    gpu = system["cuda"].startswith("torch ")
+    later = "not in this version"
+    return (
+        Way("device: cuda", gpu, system["cuda"] if gpu else f"training runs on the CPU: {system['cuda']}"),
+        Way("kernels: reference", True, "loss and advantages are plain PyTorch"),
+        Way("kernels: triton", False, later),
+        Way("kernels: compiled", False, later),
+        Way("video: PyAV on the CPU", bool(system["ffmpeg"]), system["ffmpeg"] or "the package av is missing"),
+        Way("video: NVDEC", False, later),
+        Way("rollout: in process", True, "one prefill a group, the model's own weights"),
+        Way("rollout: vllm", False, later),
+        *(
+            Way(f"log: {name}", bool(optional[name]), optional[name] or "not installed")
+            for name in ("tensorboard", "trackio", "wandb")
+        ),
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cuda() -> str:
+    if find_spec("torch") is None:
+        return "torch is not installed"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch can't be imported: {error}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device, or its driver is too old for this torch"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"torch sees {', '.join(names)} (CUDA {torch.version.cuda})"
+
+
+def _ffmpeg() -> str:
+    if find_spec("av") is None:
+        return ""
+    try:
+        import av
+    except (ImportError, OSError):
+        return ""
+    libraries: dict[str, Any] = av.library_versions
+    return "FFmpeg libavcodec " + ".".join(map(str, libraries["libavcodec"]))

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -133,9 +132,8 @@ def test_dry_run_prints_a_valid_configuration(
 
 
 def test_flags_and_overrides_in_any_order() -> None:
-    command = parse(
-        "train a.toml --grpo.lr=2 --resume b.toml --train.deterministic c.toml --model.freeze-vision false".split()
-    )
+    words = ["train", "a.toml", "--grpo.lr=2", "--resume", "b.toml", "--train.deterministic", "c.toml"]
+    command = parse([*words, "--model.freeze-vision", "false"])
     assert command.flags.files == ["a.toml", "b.toml", "c.toml"]
     assert command.flags.resume
     wanted = {"grpo.lr": "2", "train.deterministic": "true", "model.freeze_vision": "false"}
@@ -271,10 +269,9 @@ def test_interrupt_is_75(tmp_path: Path) -> None:
     fifo = tmp_path / "slow.toml"
     os.mkfifo(fifo)  # reading it blocks until the signal
     command = [sys.executable, "-m", "vrlt_fast", "train", str(fifo)]
-    with subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True) as process:
-        with fifo.open("w"):  # opens once the command reads
-            process.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + 30
-            _, error = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    with fifo.open("w"):  # opens once the command reads
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 75
     assert codes(error) == ["VRLT-S02"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -137,7 +136,8 @@ def test_files_are_strict(tmp_path: Path) -> None:
 def test_all_problems_at_once_with_lines(tmp_path: Path) -> None:
     path = toml(
         tmp_path,
-        "[model]\nnmae = 'x'\n\n[grpo]\nlr = -1\n# comment\nbeta = 'x'\n[vidoe]\nfps = 2\n[video]\nmin_frames = 9\nmax_frames = 8\n",
+        "[model]\nnmae = 'x'\n\n[grpo]\nlr = -1\n# comment\nbeta = 'x'\n"
+        "[vidoe]\nfps = 2\n[video]\nmin_frames = 9\nmax_frames = 8\n",
     )
     found = problems([path], {"train.sead": "1"})
     places = {(p.code, p.where.replace(str(path), "c")) for p in found}
@@ -233,16 +233,20 @@ def test_every_default_survives_its_own_text() -> None:
         assert read_value(key, text) == value, key
 
 
+def outcome(files: list[Path], overrides: dict[str, object]) -> Config | set[str]:
+    """The configuration, or the codes of what is wrong. Any other exception fails the test."""
+    try:
+        return load_config(files, overrides)
+    except ConfigError as error:
+        return {problem.code for problem in error.problems}
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_a_config_or_a_coded_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        config = load_config([path])
-    except ConfigError as error:
-        assert all(re.fullmatch(r"VRLT-C0[1-4]", p.code) for p in error.problems)
-    else:
-        assert config == Config()
+    found = outcome([path], {})
+    assert found == Config() or found <= {"VRLT-C01", "VRLT-C02", "VRLT-C03", "VRLT-C04"}
 
 
 VALUES = st.recursive(
@@ -254,7 +258,5 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(sorted(keys())) | st.text(max_size=8), VALUES, max_size=4))
 def test_any_override_is_a_config_or_a_coded_error(overrides: dict[str, object]) -> None:
-    try:
-        load_config((), overrides)
-    except ConfigError as error:
-        assert all(re.fullmatch(r"VRLT-C0[124]", p.code) for p in error.problems)
+    found = outcome([], overrides)
+    assert isinstance(found, Config) or (found and found <= {"VRLT-C01", "VRLT-C02", "VRLT-C04"})

@@ -122,8 +122,7 @@ def test_doctor_is_right_that_no_kernel_uses_triton() -> None:
 
 
 def test_no_relics() -> None:
-    with_init = [p for p in (ROOT / "tests").rglob("__init__.py")]
-    assert not with_init
+    assert not list((ROOT / "tests").rglob("__init__.py"))
     for path in (ROOT / "vrlt_fast").rglob("__init__.py"):
         body = [n for n in parsed(path).body if not isinstance(n, ast.Expr)]
         assert all(isinstance(n, ast.Assign) for n in body), f"{relative(path)} has more than a docstring"

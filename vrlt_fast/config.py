@@ -79,8 +79,8 @@ class PromptConfig(_Section):
 class SftConfig(_Section):
     steps: Count = 0
     """Optimizer steps of supervised warm-up on the training set's own answers."""
-    batch: Positive = 16
-    """Samples a step."""
+    batch: Positive = 8
+    """Videos a step; all questions about a video go together and share its tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-5
     """Peak learning rate; linear warm-up, then cosine to 10 %."""
 

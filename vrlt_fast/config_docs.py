@@ -24,9 +24,8 @@ vrlt train demo my.toml --grpo.lr 2e-6 --train.out runs/second
 
 Here `demo` is a recipe (`vrlt recipe ls`), `my.toml` a file that holds only what differs. Lists are written
 `--train.stages grpo` or `--train.stages '["sft", "grpo"]'`; dashes may stand for underscores. Unknown keys and
-values of the wrong type are refused, all of them at once. The run folder keeps the result in `config.resolved.toml`,
-which is
-itself a valid configuration file. Relative paths are relative to the current folder.
+values of the wrong type are refused, all of them at once. The run folder keeps the result in
+`config.resolved.toml`, which is itself a valid configuration file. Relative paths are relative to the current folder.
 """
 
 

@@ -173,10 +173,10 @@ def _sample(
 
 
 def _timeline(clip: Clip, footage: Mapping[str, Footage]) -> str:
-    """What is seen in each second: ``0 - 1 red circle 2 red circle 3 -``."""
+    """What is seen in each second: ``0-,1 red circle,2 red circle,3-``."""
     labels = ["-"] * (clip.frames // FPS)
     for event in clip.events:
-        label = _LABEL[event.kind].format(
+        label = " " + _LABEL[event.kind].format(
             colour=event.colour,
             shape=event.shape,
             tone=event.tone,
@@ -184,7 +184,7 @@ def _timeline(clip: Clip, footage: Mapping[str, Footage]) -> str:
         )
         for second in range(round(event.start), round(event.end)):
             labels[second] = label
-    return " ".join(f"{second} {label}" for second, label in enumerate(labels))
+    return ",".join(f"{second}{label}" for second, label in enumerate(labels))
 
 
 def _boxes(event: Event) -> tuple[Box, ...]:

@@ -74,13 +74,14 @@ def evaluate(
     done: dict[str, list[list[Scored]]] = {name: [] for name in ["greedy", *names]}
     kept: list[Sample] = []
     for prompts in _batches(lm, samples, loader, config, root=root, alter=alter, failed=failed):
+        first = len(kept)
         kept += [p.sample for p in prompts]
         for name, temperature in zip(["greedy", *names], [0.0, *temps], strict=True):
             n = 1 if name == "greedy" else config.eval.responses
-            done[name] += _answers(lm, prompts, config, n, temperature, first=len(kept))
+            done[name] += _answers(lm, prompts, config, n, temperature, first=first)
         if progress:
             progress(len(prompts))
-    metrics = {name: summarise([s for group in groups for s in group]) for name, groups in done.items() if groups}
+    metrics = {name: summarise([s for group in groups for s in group]) for name, groups in done.items() if any(groups)}
     return Evaluation(
         metrics, [_row(s, g, t) for s, g, t in zip(kept, done["greedy"], done["sampled"], strict=True)], failed
     )

@@ -59,7 +59,8 @@ def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tor
     """Input embeddings [P, L, hidden] with the clips' embeddings put in by place, never by token id."""
     embeds = lm.module.get_input_embeddings()(layout.ids)
     flat = embeds.flatten(0, 1).index_copy(0, layout.visual, vision.to(embeds.dtype))
-    return flat.view_as(embeds)
+    stacked: torch.Tensor = flat.view_as(embeds)
+    return stacked
 
 
 def prefill(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tuple[torch.Tensor, KeyValues]:

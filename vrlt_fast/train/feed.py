@@ -10,7 +10,7 @@ from vrlt_fast.config import Config
 from vrlt_fast.data.readers import resolve_video
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.data.stream import BatchStream
-from vrlt_fast.errors import DataError, Problem
+from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.video.cache import ClipLoader
@@ -68,15 +68,23 @@ class Feed:
 
     def _prompts(self, indices: Sequence[int]) -> list[Prompt]:
         prompts = []
+        readable: dict[str, bool] = {}  # a video counts once, however many questions about it the step has
         for index in indices:
             sample = self.samples[index]
+            if not readable.get(sample.video, True):
+                continue
             try:
                 clip = self._loader.load(resolve_video(sample, self._root))
                 reserve = self._config.rollout.max_new_tokens
                 prompts.append(encode_prompt(self._info, sample, clip, self._config.prompt, reserve=reserve))
-                self._outcomes.append(True)
             except DataError as error:
+                if isinstance(error, VideoError):
+                    readable[sample.video] = False
                 self._count(sample, error)
+                continue
+            if sample.video not in readable:
+                readable[sample.video] = True
+                self._outcomes.append(True)
         return prompts
 
     def _count(self, sample: Sample, error: DataError) -> None:

@@ -19,7 +19,7 @@ from vrlt_fast.config import Config
 from vrlt_fast.config_load import dump_toml, load_config
 from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VrltError
+from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError, VrltError
 from vrlt_fast.evals.run import data_root, pick_samples
 from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
@@ -83,10 +83,11 @@ def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Pat
     for video in videos:
         try:
             index = probe(resolve_video(by_video[video][0], root))
+            size = _resized(config, info, index)
         except DataError as error:
             failed += [_at(p, by_video[video][0]) for p in error.problems]
             continue
-        long += [p for s in by_video[video] if (p := _too_long(config, info, s, index))]
+        long += [p for s in by_video[video] if (p := _too_long(config, info, s, index, size))]
     if long:
         raise DataError(long)
     if failed and len(failed) > config.data.max_failed_share * len(videos):
@@ -100,10 +101,21 @@ def _at(problem: Problem, sample: Sample) -> Problem:
     return Problem(problem.code, f"{problem.what} ({problem.where})", sample.line, problem.why, problem.fix)
 
 
-def _too_long(config: Config, info: ModelInfo, sample: Sample, index: VideoIndex) -> Problem | None:
-    video, factor, reserve = config.video, info.geometry.factor, config.rollout.max_new_tokens
-    frames = len(sample_frames(index.n_frames, index.fps, video))
-    height, width = smart_resize(index.height, index.width, factor, video.min_pixels, video.max_pixels)
+def _resized(config: Config, info: ModelInfo, index: VideoIndex) -> tuple[int, int]:
+    """Height and width of the frames that the model gets. Raises VideoError V06."""
+    video = config.video
+    try:
+        return smart_resize(index.height, index.width, info.geometry.factor, video.min_pixels, video.max_pixels)
+    except ValueError as error:
+        fix = "crop the video, or remove its lines"
+        raise VideoError(Problem("VRLT-V06", "frames can't be resized", str(index.path), str(error), fix)) from None
+
+
+def _too_long(
+    config: Config, info: ModelInfo, sample: Sample, index: VideoIndex, size: tuple[int, int]
+) -> Problem | None:
+    (height, width), factor, reserve = size, info.geometry.factor, config.rollout.max_new_tokens
+    frames = len(sample_frames(index.n_frames, index.fps, config.video))
     tokens = frames // TUBELET * (height // factor) * (width // factor)
     timestamps = 8 * frames // TUBELET if config.prompt.video_layout == "interleaved" else 2
     if tokens + timestamps + reserve + 32 < info.context // 2 and len(sample.question) < 2000:

@@ -62,12 +62,8 @@ def by_clip(prompts: Sequence[Prompt], micro_rows: int) -> list[list[list[int]]]
 
 
 def common_prefix(prompts: Sequence[Prompt]) -> int:
-    """How many leading tokens the prompts share, all visual ones among them; a token at least is left for the rows."""
-    first = prompts[0]
-    length = min(len(p) for p in prompts) - 1
-    for other in prompts[1:]:
-        differs = (first.ids[:length] != other.ids[:length]).nonzero()
-        length = int(differs[0]) if len(differs) else length
-    if length <= int(first.visual[-1]):
+    """How many tokens the prompts of one clip share up to the end of the video."""
+    first, length = prompts[0], int(prompts[0].visual[-1]) + 1
+    if any(not torch.equal(first.ids[:length], other.ids[:length]) for other in prompts[1:]):
         raise ValueError("prompts of one clip differ before the end of the video")
     return length

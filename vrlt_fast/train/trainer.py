@@ -54,9 +54,11 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     inputs = read_inputs(config)
     for problem in inputs.broken:
         console.warn(f"will be left out: {problem}")
+    torch.manual_seed(config.train.seed)
+    lm = load_model(config.model, inputs.info)  # before there is a run folder: weights that don't fit leave none
     run_dir = open_run_folder(config) if resume else create_run_folder(config)
     with ExitStack() as stack:
-        trainer = Trainer(config, inputs, run_dir, console)
+        trainer = Trainer(config, inputs, lm, run_dir, console)
         if resume:
             trainer.restore()
         stack.enter_context(trainer.start_log())
@@ -76,10 +78,8 @@ def dry_run(config: Config) -> str:
 class Trainer:
     """State of one run: the model, the reference, the data order, the logs."""
 
-    def __init__(self, config: Config, inputs: Inputs, run_dir: Path, console: Console):
-        self.config, self.inputs, self.run_dir, self.console = config, inputs, run_dir, console
-        torch.manual_seed(config.train.seed)
-        self.lm = load_model(config.model, inputs.info)
+    def __init__(self, config: Config, inputs: Inputs, lm: VideoLM, run_dir: Path, console: Console):
+        self.config, self.inputs, self.lm, self.run_dir, self.console = config, inputs, lm, run_dir, console
         self.loader = ClipLoader(config.video, inputs.info.geometry)
         self.feed = Feed(
             inputs.info, inputs.train, self.loader, config, root=data_root(config, "train"), warn=console.warn
@@ -125,6 +125,9 @@ class Trainer:
                 )
             )
         load_weights_into(latest, self.lm.module, verified=True)
+        # Also where the checkpoint ends a stage: the next one goes on with the counts and the random state.
+        self.feed.load(loaded.state["feed"])
+        load_rng_tensors(loaded.tensors)
         self._resume_from, self._tensors = loaded.state, loaded.tensors
         self._evaluated = truncate_after(self.run_dir, stages, loaded.state["stage"], loaded.state["step"])
         self.console.message(f"resuming from {latest}")
@@ -154,7 +157,6 @@ class Trainer:
         if resumed is not None:
             first = resumed["step"] + 1
             stage.stream.load(resumed["stream"])
-            self.feed.load(resumed["feed"])
             load_optimizer_tensors(stage.optimizer, dict(self.lm.module.named_parameters()), self._tensors)
             load_rng_tensors(self._tensors)
         self._resume_from, self._tensors = None, {}

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 REENCODE = "re-encode it, for example: ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4, or remove its lines"
+_INDIRECT = {"concat", "dash", "hls", "imf"}
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What demuxing alone tells: presentation times in seconds from the first frame, in order."""
+    """What demuxing alone tells: presentation times in order, as the file has them (``ticks`` int64, in its time base) and
+    in seconds from the first one (``times`` float64)."""
 
     path: Path
+    ticks: np.ndarray
     times: np.ndarray
     height: int
     width: int
@@ -63,10 +66,12 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if path.stat().st_size == 0:
         raise _fail("VRLT-V02", path, "video file is empty")
     try:
-        container = av.open(str(path), mode="r", metadata_errors="replace")
+        container = av.open(str(path), mode="r", metadata_errors="replace", options={"protocol_whitelist": "file"})
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise _fail("VRLT-V02", path, "not a readable video file", str(error)) from None
     try:
+        if _INDIRECT & set(container.format.name.split(",")):
+            raise _fail("VRLT-V02", path, "not a video file", "it is a playlist, which names other files")
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise _fail("VRLT-V03", path, "file has no video stream")
@@ -101,7 +106,7 @@ def probe(path: Path) -> VideoIndex:
             raise _fail("VRLT-V04", path, "video has no decodable frames", "no packet has a presentation time")
         times = (np.asarray(ticks, dtype=np.float64) - ticks[0]) * float(stream.time_base or 0)
         height, width = stream.codec_context.height, stream.codec_context.width
-    return VideoIndex(path, times, height, width)
+    return VideoIndex(path, np.asarray(ticks, dtype=np.int64), times, height, width)
 
 
 def decode_frames(index: VideoIndex, frames: Sequence[int]) -> np.ndarray:
@@ -112,7 +117,8 @@ def decode_frames(index: VideoIndex, frames: Sequence[int]) -> np.ndarray:
         frames: presentation-order frame numbers, any order, repeats allowed.
 
     Raises:
-        VideoError: V02 or V05 when a frame can't be decoded; never another frame in its place.
+        VideoError: V02, V04 or V05 when a frame can't be decoded, never another frame in its place; V06 when the frames
+            differ in size.
     """
     import av
 
@@ -121,26 +127,23 @@ def decode_frames(index: VideoIndex, frames: Sequence[int]) -> np.ndarray:
     wanted = set(frames)
     if min(wanted) < 0 or max(wanted) >= index.n_frames:
         raise _fail("VRLT-V05", index.path, f"frame {max(wanted)} asked for, the file has {index.n_frames}")
-    last, pictures = max(wanted), {}
+    last, pictures, decoded = max(wanted), {}, False
     with _open(index.path) as (container, stream):
-        base = float(stream.time_base or 0)
-        first: int | None = None
         try:
             for frame in container.decode(stream):
                 if frame.pts is None or frame.is_corrupt:
                     continue
-                first = frame.pts if first is None else first
-                seconds = (frame.pts - first) * base
-                number = int(np.searchsorted(index.times, seconds - base / 2))
-                exact = number < index.n_frames and abs(index.times[number] - seconds) < base / 2 + 1e-9
-                if exact and number in wanted:
+                decoded = True
+                # By absolute time: a stream cut in the middle of a GOP starts with packets that give no frame.
+                number = int(np.searchsorted(index.ticks, frame.pts))
+                if number in wanted and index.ticks[number] == frame.pts:
                     picture = frame.to_ndarray(format="rgb24")
                     pictures[number] = np.rot90(picture, k=(frame.rotation // 90) % 4) if frame.rotation else picture
                 if number >= last:
                     break
         except (av.error.FFmpegError, ValueError) as error:
             raise _fail("VRLT-V02", index.path, "decoding failed", str(error)) from None
-    if not pictures:
+    if not decoded:
         raise _fail("VRLT-V04", index.path, "video has no decodable frames")
     missing = sorted(wanted - pictures.keys())
     if missing:
@@ -149,4 +152,8 @@ def decode_frames(index: VideoIndex, frames: Sequence[int]) -> np.ndarray:
             index.path,
             f"{len(missing)} of {len(wanted)} frames can't be decoded, the first is {missing[0]}",
         )
+    sizes = {picture.shape for picture in pictures.values()}
+    if len(sizes) > 1:
+        why = " and ".join(f"{width} x {height}" for height, width, _ in sorted(sizes))
+        raise _fail("VRLT-V06", index.path, "the frame size changes within the video", why)
     return np.stack([pictures[i] for i in frames])

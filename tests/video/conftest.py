@@ -77,7 +77,7 @@ def studio(tmp_path: Path, seed: int) -> Studio:
 
 
 def plain_decode(path: Path) -> tuple[np.ndarray, list[float]]:
-    """All frames of the file in one sequential decode, uint8 [n, H, W, 3], and their times in seconds from the first."""
+    """All frames of one sequential decode, uint8 [n, H, W, 3], and their times in seconds from the first."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [(f.pts, f.to_ndarray(format="rgb24")) for f in container.decode(stream)]

@@ -78,7 +78,9 @@ def test_keys_name_content_and_preprocessing(studio):
     key = loader().load(path).key
     assert loader().load(copy).key == key
     others = [loader(fps=4.0), loader(max_pixels=6272), loader(min_pixels=1568), loader(sampling="uniform")]
-    keys = [other.load(path).key for other in others] + [ClipLoader(VideoConfig(**VIDEO), Geometry(7, 2)).load(path).key]
+    keys = [other.load(path).key for other in others] + [
+        ClipLoader(VideoConfig(**VIDEO), Geometry(7, 2)).load(path).key
+    ]
     assert len({key, *keys}) == 6
 
 

@@ -77,10 +77,13 @@ def test_a_stream_cut_inside_a_gop_gives_the_right_frame_or_none(studio, decoded
     late = probe(path)
     found = 0
     for number in range(late.n_frames):
+        code, picture = "", None
         try:
             picture = decode_frames(late, [number])[0]
         except VideoError as error:
-            assert error.code == "VRLT-V05"
+            code = error.code
+        assert code in ("", "VRLT-V05")
+        if picture is None:
             continue
         found += 1
         same_time = index.ticks.tolist().index(int(late.ticks[number]))
@@ -96,6 +99,11 @@ def test_truncated_transport_stream_keeps_its_first_frames(studio, decoded):
     index = probe(path)
     assert 5 < index.n_frames < 24
     np.testing.assert_array_equal(decode_frames(index, range(5)), pictures[:5])
+
+
+def everything(path):
+    index = probe(path)
+    return decode_frames(index, range(index.n_frames))
 
 
 def broken(studio, kind):
@@ -144,8 +152,7 @@ def test_broken_files_give_a_coded_error_and_no_native_noise(studio, capfd, kind
     path = broken(studio, kind)
     capfd.readouterr()
     with pytest.raises(VideoError) as caught:
-        index = probe(path)
-        decode_frames(index, range(index.n_frames))
+        everything(path)
     assert (caught.value.code, caught.value.exit_code) == (code, 3)
     assert str(path) in caught.value.problems[0].where
     assert capfd.readouterr() == ("", "")

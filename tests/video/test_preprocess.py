@@ -32,9 +32,7 @@ def test_smart_resize_by_hand(height, width, bounds, expected):
     assert smart_resize(height, width, 28, *bounds) == expected
 
 
-@given(
-    height=st.integers(1, 4000), width=st.integers(1, 4000), low=st.integers(784, 50_000), room=st.integers(2, 200)
-)
+@given(height=st.integers(1, 4000), width=st.integers(1, 4000), low=st.integers(784, 50_000), room=st.integers(2, 200))
 def test_smart_resize_keeps_its_bounds(height, width, low, room):
     assume(max(height, width) / min(height, width) <= 8)
     high = low * room + 16 * 784
@@ -69,12 +67,19 @@ def test_smart_resize_is_the_released_one(seed):
 
 
 @given(
-    t=st.integers(1, 3), h=st.integers(1, 3), w=st.integers(1, 3), patch=st.integers(1, 5), merge=st.integers(1, 3),
+    t=st.integers(1, 3),
+    h=st.integers(1, 3),
+    w=st.integers(1, 3),
+    patch=st.integers(1, 5),
+    merge=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
 def test_patch_layout_is_transformers(t, h, w, patch, merge, seed):
     frames = torch.randint(
-        0, 256, (2 * t, 3, h * merge * patch, w * merge * patch), dtype=torch.uint8,
+        0,
+        256,
+        (2 * t, 3, h * merge * patch, w * merge * patch),
+        dtype=torch.uint8,
         generator=torch.Generator().manual_seed(seed),
     )
     patches, grid = patchify(frames, Geometry(patch, merge))

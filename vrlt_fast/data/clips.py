@@ -15,13 +15,22 @@ from vrlt_fast.data.footage import WORK_HEIGHT, Footage
 WIDTH, HEIGHT, FPS = 160, 120, 8
 GRID = FPS  # events and durations lie on whole seconds
 
-KINDS = {"object": 40, "insert": 15, "tint": 14, "dark": 8, "zoom": 8, "freeze": 7, "reverse": 8}
+KINDS = {
+    "object": 26,
+    "tint": 24,
+    "negative": 12,
+    "dark": 10,
+    "grey": 8,
+    "zoom": 6,
+    "insert": 5,
+    "freeze": 5,
+    "reverse": 4,
+}
 COLOURS = {
     "red": (225, 25, 25),
     "green": (20, 190, 40),
     "blue": (25, 50, 235),
     "yellow": (250, 225, 20),
-    "white": (250, 250, 250),
 }
 SHAPES = ("square", "circle", "triangle", "cross")
 TONES = {"blue": (60, 110, 255), "orange": (255, 150, 30), "green": (60, 235, 80), "purple": (200, 60, 235)}
@@ -35,7 +44,7 @@ _UNCUT = {
     "reverse": 8,
 }  # no cut between shots in these, nor so many frames around them
 _DELICATE = ("reverse", "zoom")  # nor a cut that the footage itself has
-_TWO_EVENTS = 0.25
+_TWO_EVENTS = 0.5
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ def _draw_times(count: int, frames: int, rng: random.Random) -> list[tuple[float
 def _place(look: Event, time: tuple[float, float], rng: random.Random) -> Event:
     event = replace(look, start=time[0], end=time[1])
     if look.kind == "object":
-        size = round(rng.uniform(0.22, 0.35), 3)
+        size = round(rng.uniform(0.35, 0.55), 3)
         return replace(event, size=size, path=_draw_path(size * HEIGHT / 2, rng))
     if look.kind == "tint":
         return replace(event, blend=round(rng.uniform(0.5, 0.6), 3))

@@ -39,6 +39,10 @@ def draw_clip(clip: Clip, sources: dict[str, Frames]) -> Frames:
             part[:] = (part * np.float32(DARK)).astype(np.uint8)
         elif event.kind == "tint":
             _tint(part, event)
+        elif event.kind == "negative":
+            np.subtract(255, part, out=part)
+        elif event.kind == "grey":
+            part[:] = (part.astype(np.float32) @ _LUMA)[..., None].astype(np.uint8)
         elif event.kind == "object":
             for k, image in zip(event.frames, part, strict=True):
                 _paste(image, event, k)

@@ -19,6 +19,8 @@ _WHEN = {
     "insert": ("When is {words} shown?", "When is there a cut to {words}?"),
     "tint": ("When is the picture tinted {tone}?", "When does everything turn {tone}?"),
     "dark": ("When is the picture dark?", "When does the light go down?"),
+    "negative": ("When are the colours inverted?", "When is the picture a negative?"),
+    "grey": ("When is the picture black and white?", "When do the colours vanish?"),
     "zoom": ("When does the camera zoom in?", "When is the picture enlarged?"),
     "freeze": ("When does the picture stand still?", "When is the video frozen?"),
     "reverse": ("When does the video play backwards?", "When does time run in reverse?"),
@@ -28,6 +30,8 @@ _HAPPENS = {
     "insert": "other footage is cut in",
     "tint": "the picture turns into one colour tone",
     "dark": "the picture turns dark",
+    "negative": "the colours are inverted",
+    "grey": "the colours vanish",
     "zoom": "the camera zooms in",
     "freeze": "the picture stands still",
     "reverse": "the video plays backwards",
@@ -37,6 +41,8 @@ _LABEL = {
     "insert": "{words}",
     "tint": "{tone} tone",
     "dark": "dark",
+    "negative": "negative",
+    "grey": "grey",
     "zoom": "zoom",
     "freeze": "still",
     "reverse": "backwards",
@@ -60,12 +66,13 @@ def ask(clips: Sequence[Clip], footage: Mapping[str, Footage], seed: int) -> lis
     rng = random.Random(f"{seed}-{clips[0].split}-questions")
     chosen = {
         task: {clip.id: rng.choice(clip.events) for clip in clips if rng.random() < _ASKED}
-        for task in ("grounding", "videoqa", "grounded_qa")
+        for task in ("videoqa", "grounded_qa")
     }
     samples: dict[str, list[Sample]] = defaultdict(list)
     for clip in clips:
-        if clip.id in chosen["grounding"]:
-            samples[clip.id].append(_grounding(clip, chosen["grounding"][clip.id], footage, rng))
+        for number, event in enumerate(clip.events):
+            if rng.random() < _ASKED:
+                samples[clip.id].append(_grounding(clip, event, "g" if number == 0 else "g2", footage, rng))
     for task in ("videoqa", "grounded_qa"):
         types = _choose_types(clips, chosen[task], rng)
         places = {count: Deck(list(LETTERS[:count]), rng) for count in (3, 4)}
@@ -83,14 +90,14 @@ def ask(clips: Sequence[Clip], footage: Mapping[str, Footage], seed: int) -> lis
     ]
 
 
-def _grounding(clip: Clip, event: Event, footage: Mapping[str, Footage], rng: random.Random) -> Sample:
+def _grounding(clip: Clip, event: Event, suffix: str, footage: Mapping[str, Footage], rng: random.Random) -> Sample:
     words = footage[event.source].words if event.source else ""
     question = rng.choice(_WHEN[event.kind]).format(
         colour=event.colour, shape=event.shape, tone=event.tone, words=words
     )
     middle = clip.frames // 2 / FPS
     done = min(1.0, max(0.0, (middle - event.start) / (event.end - event.start)))
-    return _sample(clip, event, "g", "grounding", question, footage=footage, progress=round(done, 4))
+    return _sample(clip, event, suffix, "grounding", question, footage=footage, progress=round(done, 4))
 
 
 def _choose_types(clips: Sequence[Clip], chosen: Mapping[str, Event], rng: random.Random) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -169,7 +170,7 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise _problem("VRLT-M04", "weights can't be loaded", model.name, str(error).splitlines()[0]) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:

@@ -56,6 +56,13 @@ def mrope_positions(
     images = _blocks(image_grids, [0.0] * len(image_grids), "qwen2_vl", tokens_per_second)
     visual = {video_token: videos} if image_token is None else {video_token: videos, image_token: images}
 
+    return _walk(ids, visual, merge)
+
+
+def _walk(
+    ids: torch.Tensor, visual: dict[int, Iterator[tuple[Grid, torch.Tensor]]], merge: int
+) -> tuple[torch.Tensor, int]:
+    """Runs of text advance by one on all axes, runs of visual tokens take the next grid of their kind."""
     pieces: list[torch.Tensor] = []
     start, cursor = 0, 0
     while cursor < len(ids):

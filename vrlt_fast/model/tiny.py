@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vrlt_fast.config import PromptConfig
 from vrlt_fast.data.prompts import answer_text, user_text
@@ -68,36 +68,7 @@ def build_tiny(out: Path, *, train_jsonl: Path, seed: int = 0, vocab_size: int =
     tokenizer = _tokenizer(texts, vocab_size)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
 
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": True,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": 192,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
-        tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
+    config = Qwen2_5_VLConfig(**_architecture(len(tokenizer), ids))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     _initialise(model)
@@ -116,6 +87,40 @@ def build_tiny(out: Path, *, train_jsonl: Path, seed: int = 0, vocab_size: int =
     }
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def _architecture(vocab: int, ids: dict[str, int]) -> dict[str, Any]:
+    """Arguments of Qwen2_5_VLConfig: the released architecture, narrow and shallow."""
+    return {
+        "text_config": {
+            "vocab_size": vocab,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "out_hidden_size": 192,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        "tie_word_embeddings": True,
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
 
 
 def _initialise(model: PreTrainedModel) -> None:

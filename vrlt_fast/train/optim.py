@@ -54,7 +54,7 @@ def apply_step(lm: VideoLM, optimizer: torch.optim.Optimizer, loss: float, lr: f
                 "VRLT-S01",
                 f"loss {loss} with gradient norm {norm}",
                 why="the weights are those of the step before",
-                fix="start a new run with a lower learning rate, from this run's newest checkpoint: --model.name RUN/checkpoints/NAME",
+                fix="start a new run with a lower learning rate, with --model.name at this run's newest checkpoint",
             )
         )
     for group in optimizer.param_groups:

@@ -29,8 +29,10 @@ _INDIRECT = {"concat", "dash", "hls", "imf"}
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What demuxing alone tells: presentation times in order, as the file has them (``ticks`` int64, in its time base) and
-    in seconds from the first one (``times`` float64)."""
+    """What demuxing alone tells.
+
+    Presentation times in order: ``ticks`` int64 in the file's time base, ``times`` float64 in seconds from the first.
+    """
 
     path: Path
     ticks: np.ndarray

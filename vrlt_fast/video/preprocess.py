@@ -89,8 +89,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def patchify(frames: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Cut pictures uint8 [2 t, 3, H, W] into patches [t h w, 3 * 2 * p * p]; merged patches stand next to each other.
-    """
+    """Cut pictures uint8 [2 t, 3, H, W] into patches [t h w, 3 * 2 * p * p]; merged patches are neighbours."""
     n, _, height, width = frames.shape
     p, m = geometry.patch, geometry.merge
     t, h, w = n // TUBELET, height // p, width // p

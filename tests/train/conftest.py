@@ -1,0 +1,55 @@
+"""Configurations of short runs on the demo data, and an opened tiny model."""
+
+from __future__ import annotations
+
+import pytest
+
+from vrlt_fast.config import Config, ModelConfig, PromptConfig, VideoConfig
+from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.model.load import load_model
+from vrlt_fast.model.prompt import encode_prompt
+from vrlt_fast.video.cache import ClipLoader
+
+VIDEO = {"sampling": "fps", "fps": 1.0, "min_frames": 2, "min_pixels": 784, "max_pixels": 1568}
+
+
+@pytest.fixture
+def make_config(demo, tiny_folder, tmp_path):
+    """``make_config(section={key: value})``: a short run into ``tmp_path/run``, with changes."""
+
+    def make(**changes):
+        tree = {
+            "model": {"name": str(tiny_folder), "dtype": "float32", "device": "cpu", "freeze_vision": False},
+            "data": {"train": str(demo / "train.jsonl"), "eval": str(demo / "heldout.jsonl")},
+            "video": VIDEO,
+            "prompt": {"video_layout": "interleaved", "think": False},
+            "sft": {"steps": 1, "batch": 2, "lr": 1e-3},
+            "rollout": {"group_size": 3, "prompts": 2, "max_new_tokens": 6},
+            "grpo": {"steps": 1, "lr": 1e-3, "beta": 0.05},
+            "train": {"out": str(tmp_path / "run"), "seed": 5, "deterministic": True, "threads": 1},
+            "optim": {"warmup": 1},
+            "checkpoint": {"every": 1},
+            "eval": {"samples": 3, "responses": 1},
+        }
+        for section, values in changes.items():
+            tree[section] = {**tree.get(section, {}), **values}
+        return Config.model_validate(tree)
+
+    return make
+
+
+@pytest.fixture
+def lm(tiny_folder):
+    """The tiny model in float64, so that two ways to one gradient agree to many digits."""
+    opened = load_model(ModelConfig(name=str(tiny_folder), dtype="float32", device="cpu", freeze_vision=False))
+    opened.module.double()
+    return opened
+
+
+@pytest.fixture
+def prompts(lm, demo):
+    """Prompts of the first six samples: questions about the same video stand among them."""
+    loader = ClipLoader(VideoConfig(**VIDEO), lm.info.geometry)
+    prompt = PromptConfig(video_layout="interleaved", think=False)
+    samples = read_jsonl(demo / "train.jsonl")[:6]
+    return [encode_prompt(lm.info, s, loader.load(resolve_video(s, demo)), prompt) for s in samples]

@@ -1,0 +1,178 @@
+"""The GRPO gradient: by hand from replicated rows, across micro-batches, and its edge cases."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from vrlt_fast.config import GrpoConfig
+from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.vision import normalise
+from vrlt_fast.rewards.dual import dual_reward
+from vrlt_fast.rollout.engine import RolloutRequest, generate
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.step import grpo_backward, micro_batches, score_groups, score_old, with_rewards
+
+T = 1.3
+
+
+def gradients(lm):
+    found = {n: p.grad.clone() for n, p in lm.module.named_parameters() if p.grad is not None}
+    lm.module.zero_grad()
+    return found
+
+
+def same(ours, expected, rel):
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert float((ours[name] - gradient).norm()) <= rel * float(gradient.norm()) + 1e-10, name
+
+
+def row_logprobs(lm, prompt, tokens):
+    """Log-probs [n] of a response at temperature T by transformers' forward over the whole row."""
+    ids = torch.cat([prompt.ids, torch.tensor(tokens)])[None]
+    after = torch.arange(len(tokens)).expand(3, -1) + prompt.next_position
+    logits = lm.module(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.cat([prompt.positions, after], dim=1)[:, None],
+        pixel_values_videos=normalise(lm, prompt.clip.patches),
+        video_grid_thw=torch.tensor([prompt.clip.grid]),
+    ).logits[0, len(prompt) - 1 : -1]
+    return (logits / T).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def perturbed(lm, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    other = VideoLM(lm.info, copy.deepcopy(lm.module))
+    with torch.no_grad():
+        for p in other.module.parameters():
+            p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return other
+
+
+@pytest.fixture
+def groups(lm, prompts, seed):
+    """Four groups, of 2, 4, 3 and 4 responses."""
+    requests = [(prompts[0], 2), (prompts[1], 4), (prompts[4], 3), (prompts[5], 4)]
+    out = []
+    for i, (prompt, n) in enumerate(requests):
+        rolled, _ = generate(lm, [RolloutRequest(prompt, n, Sampling(7, T), seed=seed + i)])
+        out += rolled
+    lm.module.zero_grad()
+    return out
+
+
+def scored_at_random(groups, seed, config, same_in_group=False):
+    rng = random.Random(seed)
+    rewards = [
+        [rng.random()] * len(g.completions) if same_in_group else [rng.random() for _ in g.completions] for g in groups
+    ]
+    parts = [[{"format": r} for r in group] for group in rewards]
+    return with_rewards(groups, parts, rewards, config)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_gradient_by_hand_from_replicated_rows(lm, groups, seed, reduction):
+    config = GrpoConfig(beta=0.3, reduction=reduction, clip_low=0.1, clip_high=0.15)
+    scored = scored_at_random(groups, seed, config)
+    reference, before = perturbed(lm, seed + 1, 0.01), perturbed(lm, seed + 2, 0.01)
+    old = score_old(before, scored, temperature=T, micro_rows=5)
+    stats = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=5, old=old)
+    ours = gradients(lm)
+
+    tokens = sum(len(c.tokens) for g in groups for c in g.completions)
+    rows = sum(len(g.completions) for g in groups)
+    loss = kl_sum = clipped = 0.0
+    for s in scored:
+        prompt = s.group.request.prompt
+        for completion, advantage in zip(s.group.completions, s.advantages, strict=True):
+            logp = row_logprobs(lm, prompt, completion.tokens)
+            with torch.no_grad():
+                old_row = row_logprobs(before, prompt, completion.tokens)
+                ref_row = row_logprobs(reference, prompt, completion.tokens)
+            ratio = (logp - old_row).exp()
+            bounded = ratio.clamp(0.9, 1.15)
+            kl = (ref_row - logp).exp() - (ref_row - logp) - 1
+            weight = 1 / tokens if reduction == "token" else 1 / (rows * len(completion.tokens))
+            part = ((-torch.minimum(ratio * advantage, bounded * advantage) + 0.3 * kl) * weight).sum()
+            part.backward()
+            loss, kl_sum = loss + float(part.detach()), kl_sum + float(kl.detach().sum())
+            clipped += float((bounded * advantage < ratio * advantage).sum())
+    same(ours, gradients(lm), 1e-5)
+    assert stats.loss == pytest.approx(loss, rel=1e-5, abs=1e-8)
+    assert stats.kl == pytest.approx(kl_sum, rel=1e-4)
+    assert (stats.clipped, stats.tokens) == (clipped, tokens)
+    assert stats.kl > 0
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_micro_batches_do_not_change_the_gradient(lm, groups, seed, reduction):
+    config = GrpoConfig(beta=0.1, reduction=reduction)
+    scored = scored_at_random(groups, seed, config)
+    reference = perturbed(lm, seed, 0.01)
+    found = []
+    for micro_rows in (64, 4, 1):
+        stats = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=micro_rows)
+        found.append((gradients(lm), stats))
+    assert [len(micro_batches(scored, n)) for n in (64, 4, 1)] == [1, 4, 4]
+    for gradient, stats in found[1:]:
+        same(gradient, found[0][0], 1e-6)
+        assert (stats.loss, stats.kl, stats.entropy) == pytest.approx(
+            (found[0][1].loss, found[0][1].kl, found[0][1].entropy), rel=1e-6, abs=1e-9
+        )
+
+
+def test_kl_has_no_gradient_where_reference_and_policy_agree(lm, groups, seed):
+    twin = VideoLM(lm.info, copy.deepcopy(lm.module))
+    scored = scored_at_random(groups, seed, GrpoConfig())
+    grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), temperature=T, micro_rows=64)
+    without = gradients(lm)
+    stats = grpo_backward(lm, twin, scored, GrpoConfig(beta=10.0), temperature=T, micro_rows=64)
+    same(gradients(lm), without, 1e-6)
+    assert stats.kl == pytest.approx(0.0, abs=1e-12)
+
+
+def test_groups_without_signal_give_no_gradient(lm, groups, seed):
+    config = GrpoConfig(beta=0.0)
+    scored = scored_at_random(groups, seed, config, same_in_group=True)
+    assert not any(s.has_signal for s in scored)
+    grpo_backward(lm, None, scored, config, temperature=T, micro_rows=64)
+    found = gradients(lm)
+    assert found
+    assert all(not g.any() for g in found.values())
+
+
+def test_old_logprobs_are_those_of_the_rollout(lm, groups, seed):
+    scored = scored_at_random(groups, seed, GrpoConfig())
+    old = score_old(lm, scored, temperature=T, micro_rows=5)
+    assert len(old) == len(micro_batches(scored, 5)) > 1
+    rolled = torch.cat([c.logprobs for g in groups for c in g.completions])
+    torch.testing.assert_close(torch.cat(old).float(), rolled, atol=1e-5, rtol=1e-5)
+
+
+def test_auxiliary_groups_reach_the_shaper_only(lm, prompts, seed):
+    sampling = Sampling(4, T)
+    requests = [
+        RolloutRequest(prompts[0], 3, sampling, seed=seed),
+        RolloutRequest(prompts[0], 2, sampling, seed=seed + 1, train=False),
+        RolloutRequest(prompts[1], 3, sampling, seed=seed + 2),
+    ]
+    groups, _ = generate(lm, requests)
+    seen = []
+
+    def shape(parts, group, auxiliary):
+        seen.append((group.sample.id, [r.text for a in auxiliary for r in a.responses]))
+        return [{"format": float(i + len(auxiliary))} for i, _ in enumerate(parts)]
+
+    scored = score_groups(groups, dual_reward(False), shape, {"format": 2.0}, GrpoConfig(scale="none"))
+    assert [s.group for s in scored] == [groups[0], groups[2]]
+    assert seen == [
+        (prompts[0].sample.id, [c.response.text for c in groups[1].completions]),
+        (prompts[1].sample.id, []),
+    ]
+    assert [s.rewards for s in scored] == [(2.0, 4.0, 6.0), (0.0, 2.0, 4.0)]
+    assert [s.advantages for s in scored] == [(-2.0, 0.0, 2.0)] * 2

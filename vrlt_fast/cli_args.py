@@ -48,8 +48,8 @@ def _eval(parser: argparse.ArgumentParser) -> None:
 def _data_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-clips", type=int, default=900)
-    parser.add_argument("--heldout-clips", type=int, default=200)
+    parser.add_argument("--train-clips", type=int, default=1000)
+    parser.add_argument("--heldout-clips", type=int, default=220)
 
 
 def _data_check(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ class DataConfig(_Section):
 
 class VideoConfig(_Section):
     sampling: Literal["qwen_utils", "fps", "uniform"] = "qwen_utils"
-    """How frames are chosen: qwen_utils (frames a second, as qwen-vl-utils), fps (at exact multiples of 1 / fps), uniform (max_frames)."""
+    """How frames are chosen: qwen_utils (as qwen-vl-utils), fps (exact multiples of 1 / fps), uniform (max_frames)."""
     fps: Annotated[float, Field(gt=0.0, le=240.0)] = 2.0
     """Frames sampled per second of video (qwen_utils, fps)."""
     min_frames: Annotated[int, Field(ge=2)] = 4
@@ -69,7 +69,7 @@ class VideoConfig(_Section):
 
 class PromptConfig(_Section):
     video_layout: Literal["native", "interleaved"] = "native"
-    """native: one block of video tokens, as Qwen2.5-VL was released; interleaved: frame pairs between timestamp texts."""
+    """native: one block of video tokens, as Qwen2.5-VL was released; interleaved: timestamps between frame pairs."""
     think: bool = True
     """Ask for reasoning inside think tags before the answer, and reward the tags."""
     system: str = ""

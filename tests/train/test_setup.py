@@ -135,9 +135,7 @@ def test_a_prompt_that_is_too_long(vrlt_train, tmp_path):
         ("no weights", "VRLT-M01", 4),
         ("no folder", "VRLT-M01", 4),
         ("other weights", "VRLT-M04", 4),
-        pytest.param(
-            "cut", "VRLT-M04", 4, marks=pytest.mark.xfail(strict=True, reason="load_model lets SafetensorError out")
-        ),
+        ("cut", "VRLT-M04", 4),
     ],
 )
 def test_bad_model(vrlt_train, tiny_folder, tmp_path, where, code, exit_code):

@@ -40,8 +40,8 @@ def build_demo(
     out: Path,
     *,
     seed: int = 0,
-    train_clips: int = 900,
-    heldout_clips: int = 200,
+    train_clips: int = 1000,
+    heldout_clips: int = 220,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:

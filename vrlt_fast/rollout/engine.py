@@ -21,7 +21,7 @@ from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
 @dataclass(frozen=True, eq=False)
 class RolloutRequest:
     """``n`` responses to a prompt. ``seed`` fixes them whatever else is in the batch; groups with ``train=False`` are
-    auxiliary: shapers see them, the update doesn't."""
+    auxiliary: shapers see them, the update does not."""
 
     prompt: Prompt
     n: int

@@ -202,15 +202,11 @@ class Trainer:
         if final or self._stop_signal or (every and step % every == 0):
             self._save(stage, name, step, final=final)
         if self._stop_signal:
-            out = self.config.train.out
-            raise Stopped(
-                Problem(
-                    "VRLT-S02",
-                    f"stopped by {self._stop_signal} after step {step} of {name}",
-                    out,
-                    fix="go on with the same command and --resume",
-                )
-            )
+            raise self._stopped(f"after step {step} of {name}")
+
+    def _stopped(self, when: str) -> Stopped:
+        fix = "go on with the same command and --resume"
+        return Stopped(Problem("VRLT-S02", f"stopped by {self._stop_signal} {when}", self.config.train.out, fix=fix))
 
     def _save(self, stage: Stage, name: str, step: int, *, final: bool) -> None:
         parameters = dict(self.lm.module.named_parameters())
@@ -236,9 +232,14 @@ class Trainer:
         if not samples or label in self._evaluated:
             return
         with self.console.progress(f"evaluate {label}", len(samples)) as advance:
-            result = evaluate(
-                self.lm, samples, self.loader, self.config, root=data_root(self.config, "eval"), progress=advance
-            )
+
+            def tick(done: int) -> None:
+                advance(done)
+                if self._stop_signal:
+                    raise self._stopped(f"in the evaluation of {label}")
+
+            root = data_root(self.config, "eval")
+            result = evaluate(self.lm, samples, self.loader, self.config, root=root, progress=tick)
         for error in result.failed:
             self.console.warn(f"question left out of the evaluation: {error}")
         write_lines(self.run_dir / "eval" / f"{label}.jsonl", result.rows)

@@ -192,6 +192,8 @@ def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
         ({"train.stages": "sft,sft"}, "VRLT-C04"),
         ({"rollout.group_size": 1}, "VRLT-C04"),
         ({"video.min_pixels": 200_000}, "VRLT-C04"),
+        ({"prompt.system": "<|video_pad|>"}, "VRLT-C02"),
+        ({"train.seed": 2**63}, "VRLT-C02"),
     ],
 )
 def test_contradictions(overrides: dict[str, object], code: str) -> None:

@@ -97,6 +97,8 @@ def _eval(command: Command) -> int:
 
     console = Console()
     out = Path(flags.out) if flags.out else None
+    if out is not None and not out.parent.is_dir():  # known before an hour of evaluation rather than after it
+        raise SetupError(Problem("VRLT-R02", "no such folder", str(out.parent), fix=f"mkdir -p {out.parent}"))
     with _Bar(console, "evaluate") as bar:
         metrics = evaluate_folder(config, out, bar)
     console.eval_table([{"label": Path(flags.model).name, "metrics": metrics}])

@@ -173,6 +173,8 @@ class LogConfig(_Section):
 class EvalConfig(_Section):
     samples: Count = 0
     """Held-out questions to use, spread over the tasks; 0: all."""
+    start: bool = True
+    """Evaluate before the first stage too."""
     responses: Count = 4
     """Sampled answers a question beside the greedy one."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0

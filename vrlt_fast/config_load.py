@@ -94,6 +94,10 @@ def check(config: Config, verb: Verb | None = None, origins: Mapping[str, str] |
         )
     if not all(0.0 <= beta < 1.0 for beta in config.optim.betas):
         bad("VRLT-C02", "optim.betas", f"is {list(config.optim.betas)}", "both values must be in [0, 1)")
+    if "<|" in config.prompt.system:
+        bad("VRLT-C02", "prompt.system", "contains a control token such as <|video_pad|>", "remove it from the text")
+    if config.train.seed >= 2**63:
+        bad("VRLT-C02", "train.seed", f"is {config.train.seed}", "give a number below 2^63")
     if verb is not None and not config.model.name:
         bad("VRLT-C04", "model.name", "is empty", "set it to the folder of an HF model, or pass --model.name FOLDER")
     if verb == "train" and not config.data.train:

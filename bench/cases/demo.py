@@ -92,7 +92,7 @@ class DemoSeed:
         steps = round(spent / each)
         more = train(self.config("more_sft", model=sft, stages=["sft"], sft_steps=steps))
         shuffled = train(self.config("shuffled", model=sft, stages=["grpo"], shuffle=True))
-        values = {arm: _from_log(main, arm) for arm in ("start", "sft", "grpo")}
+        values = {arm: _from_log(main, arm) for arm in ("sft", "grpo")}
         values["more_sft"] = _from_log(more, "sft") | {"cpu_seconds": _cpu_seconds(more, "sft")}
         values["shuffled"] = _from_log(shuffled, "grpo") | {"cpu_seconds": _cpu_seconds(shuffled, "grpo")}
         values["grpo"] |= {"cpu_seconds": spent}
@@ -113,6 +113,7 @@ class DemoSeed:
             "train.out": str(self.folder / name),
             "train.seed": self.seed,
             "eval.samples": 0,
+            "eval.start": False,
             "checkpoint.every": 0,
         }
         overrides |= {"train.stages": list(stages)} if stages else {}
@@ -139,13 +140,9 @@ class DemoSeed:
             lm = load_model(config.model)
             loader = ClipLoader(config.video, lm.info.geometry)
             if stage == "sft":
-                result = evaluate(lm, samples, loader, config, root=data, temperatures=[1.0, *SHARPER])
-                for t in SHARPER:
-                    values[f"sft_t{t}"] = {
-                        k: result.metrics[f"sampled@{t}"][task][m]
-                        for k, (kind, task, m) in METRICS.items()
-                        if kind == "sampled"
-                    }
+                result = evaluate(lm, samples, loader, config, root=data, temperatures=SHARPER)
+                for t, kind in zip(SHARPER, ("sampled", f"sampled@{SHARPER[1]}"), strict=True):
+                    values[f"sft_t{t}"] = _metrics(result.metrics, only="sampled", kind=kind)
             else:
                 result = evaluate(lm, samples, loader, config, root=data, alter=_grey)
                 values["grpo_grey"] = _metrics(result.metrics)
@@ -187,8 +184,12 @@ def _from_log(run_dir: Path, label: str) -> dict[str, float]:
     return _metrics(found[-1]["metrics"])
 
 
-def _metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: metrics[kind][task][metric] for name, (kind, task, metric) in METRICS.items()}
+def _metrics(metrics: dict[str, Any], only: str = "", kind: str = "") -> dict[str, float]:
+    """The values of METRICS; ``only`` those of greedy or of sampled answers, ``kind`` another name under which they
+    stand.
+    """
+    wanted = {name: where for name, where in METRICS.items() if only in ("", where[0])}
+    return {name: metrics[kind or group][task][metric] for name, (group, task, metric) in wanted.items()}
 
 
 def _grounded_tiou(path: Path) -> list[float]:

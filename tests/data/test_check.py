@@ -66,3 +66,9 @@ def test_rounding_of_durations_is_no_problem(root: Path):
 
 def test_headers_can_be_left_alone(root: Path):
     assert check_dataset(write(root, video="noise.mp4"), open_videos=False).ok
+
+
+def test_a_playlist_is_not_followed(root: Path):
+    (root / "list.mp4").write_text("ffconcat version 1.0\nfile http://127.0.0.1/secret.mp4\n")
+    report = check_dataset(write(root, video="list.mp4"))
+    assert [(p.code, p.where) for p in report.problems] == [("VRLT-V02", "x.jsonl:2")]

@@ -151,6 +151,7 @@ WRONG = [
     (2, {"object_id": True}, "D03"),
     (2, {"object_id": 1.5}, "D03"),
     (2, {"progress": 1.5}, "D03"),
+    (2, {"reasoning": "<think>Red.</think>"}, "D03"),
 ]
 
 

@@ -261,3 +261,11 @@ def test_report_imports_without_torch() -> None:
     script = "import sys, vrlt_fast.report.html, vrlt_fast.report.console; print(*({'torch', 'av'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_failed_videos_are_counted_from_the_start_of_the_run(make_run: Any) -> None:
+    run = make_run()
+    records = read_jsonl_tolerant(run / "metrics.jsonl")
+    lines = [json.dumps({**r, "failed_videos": 3} if r["kind"] == "train" else r) for r in records]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "3 times a video failed" in write_report(run).read_text("utf-8")

@@ -52,8 +52,8 @@ def check_dataset(
     """Checks a file of samples and, unless ``open_videos`` is false, the header of every video that it names.
 
     Nothing is raised for what is wrong with the data: see :attr:`Report.problems`, ordered by line. Videos give
-    VRLT-V02 (empty or unreadable), VRLT-V03 (no video stream) and VRLT-D05 (a span that ends more than 0.5 s after
-    the video).
+    VRLT-V02 (empty or unreadable), VRLT-V03 (no video stream), VRLT-V04 (no frames) and VRLT-D05 (a span that ends
+    more than 0.5 s after the video).
     ``progress(done, total)`` is called after each video.
     """
     path = Path(path)
@@ -85,10 +85,13 @@ def _check_video(path: Path, users: list[Sample]) -> list[Problem]:
     if path.stat().st_size == 0:
         return [Problem("VRLT-V02", f"{path.name} is empty", where, fix="copy the file again")]
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
+        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            if not streams:
                 return [Problem("VRLT-V03", f"{path.name} has no video stream", where)]
-            stream = container.streams.video[0]
+            stream = streams[0]
+            if not any(packet.size for packet in container.demux(stream)):
+                return [Problem("VRLT-V04", f"{path.name} has no frames", where, fix="encode the file again")]
             length = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
     except (av.FFmpegError, OSError, ValueError) as error:
         return [Problem("VRLT-V02", f"{path.name} can't be opened", where, str(error), "copy or encode the file again")]

@@ -25,6 +25,7 @@ _OF_TASK = {
 }
 _BOX = ("time", "x0", "y0", "x1", "y1")
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
+_TAGS = re.compile(r"</?(?:think|answer|glue)>")
 _ROUNDING = 1e-6  # seconds
 
 
@@ -58,7 +59,7 @@ class Line:
             boxes=self.boxes(duration),
             object_id=self.object_id(),
             progress=self.progress(),
-            reasoning=self.text("reasoning") if "reasoning" in self.fields else "",
+            reasoning=self.reasoning(),
             line=self.where,
         )
         return None if self.problems else made
@@ -209,6 +210,13 @@ class Line:
                 self.report("VRLT-D03", f'"boxes" has {shorten(item)}', why)
             boxes.append(box)
         return tuple(boxes)
+
+    def reasoning(self) -> str:
+        value = self.text("reasoning") if "reasoning" in self.fields else ""
+        if _TAGS.search(value):
+            why = "the trainer writes the think tags around it and the answer behind it"
+            self.report("VRLT-D03", '"reasoning" has think or answer tags', why, "keep only what stands between them")
+        return value
 
     def object_id(self) -> int | None:
         value = self.fields.get("object_id")

@@ -38,15 +38,23 @@ def _seconds(value: float) -> str:
     return f"{value:.1f}"
 
 
+def _borders(start: float, end: float) -> tuple[str, str]:
+    """Start and end with one decimal, or with as many as keep a short span from becoming empty."""
+    for digits in range(1, 6):
+        if f"{start:.{digits}f}" != f"{end:.{digits}f}":
+            return f"{start:.{digits}f}", f"{end:.{digits}f}"
+    return f"{start:.6f}", f"{end:.6f}"
+
+
 def answer_text(sample: Sample, prompt: PromptConfig) -> str:
     """The response that earns every part of the reward, for the supervised warm-up."""
     spans: Sequence[Span] = sample.spans
     if sample.task == "grounding":
-        answer = f"<answer>{_seconds(spans[0][0])} to {_seconds(spans[-1][1])}</answer>"
+        answer = f"<answer>{' to '.join(_borders(spans[0][0], spans[-1][1]))}</answer>"
     elif sample.task == "videoqa":
         answer = f"<answer>{sample.answer}</answer>"
     else:
-        glue = ", ".join(f"({_seconds(s)}, {_seconds(e)})" for s, e in spans)
+        glue = ", ".join(f"({', '.join(_borders(s, e))})" for s, e in spans)
         answer = f"<answer>{sample.answer}</answer><glue>[{glue}]</glue>"
     return f"<think>{_thought(sample)}</think>\n{answer}" if prompt.think else answer
 

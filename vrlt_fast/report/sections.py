@@ -47,8 +47,9 @@ def summary(run: RunFolder) -> str:
         seconds = sum(number(record.get("seconds")) or 0.0 for record in records)
         progress = f"{done} of {steps} steps, not finished" if done < steps else f"{done} steps"
         sentences.append(f"{STAGES.get(stage, stage)}: {progress} in {clock(seconds)}.")
-    if failed := sum(int(number(r.get("failed_videos")) or 0) for records in run.train.values() for r in records):
-        sentences.append(f"{failed} videos failed to decode and were left out.")
+    counts = [int(number(r.get("failed_videos")) or 0) for records in run.train.values() for r in records]
+    if failed := max(counts, default=0):  # the records count from the start of the run
+        sentences.append(f"{failed} times a video failed and was left out.")
     if not run.evals:
         return esc(" ".join([*sentences, "There are no evaluations in this run."]))
     last = list(run.evals.values())[-1]

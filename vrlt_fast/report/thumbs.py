@@ -41,7 +41,7 @@ def thumbnails(root: Path, video: str, times: Sequence[float]) -> list[str]:
             if not container.streams.video:
                 raise NoThumbnails("the file has no video stream")
             pictures = [_jpeg(frame) for frame in _frames_at(container, times)]
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, TypeError, ValueError) as error:  # TypeError: frames without a time
         raise NoThumbnails("the file can't be decoded") from error
     if not pictures:
         raise NoThumbnails("the file has no decodable frames")

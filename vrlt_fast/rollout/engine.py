@@ -32,7 +32,8 @@ class RolloutRequest:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n] for training."""
+    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n] for training.
+    """
 
     response: Response
     tokens: tuple[int, ...]

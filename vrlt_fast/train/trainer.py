@@ -138,7 +138,7 @@ class Trainer:
         done = -1
         if self._resume_from is not None:
             done = stages.index(self._resume_from["stage"]) - (0 if self._resume_from["final"] else 1)
-        else:
+        elif self.config.eval.start:
             self._evaluate("start", stages[0], 0)
         for number, name in enumerate(stages):
             if number > done:

@@ -8,12 +8,10 @@ PYTEST := $(BIN)/python -m pytest -q
 .PHONY: demo demo-long test test-full check bench clean
 
 demo: $(READY) runs/demo-data/tiny-model
-	@if [ -e runs/demo ]; then echo "removing the old runs/demo"; rm -rf runs/demo; fi
-	$(BIN)/vrlt train demo --train.out runs/demo
+	$(BIN)/vrlt train demo --train.out runs/demo $(if $(wildcard runs/demo),--resume)
 
 demo-long: $(READY) runs/demo-data/tiny-model
-	@if [ -e runs/demo-long ]; then echo "removing the old runs/demo-long"; rm -rf runs/demo-long; fi
-	$(BIN)/vrlt train demo_long --train.out runs/demo-long
+	$(BIN)/vrlt train demo_long --train.out runs/demo-long $(if $(wildcard runs/demo-long),--resume)
 
 runs/demo-data/tiny-model: | $(READY)
 	$(BIN)/vrlt data demo runs/demo-data

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 50  # problems on the console; vrlt data check prints all
 _RESOLVED = "config.resolved.toml"
-_TRAIN_PACKAGES = {"av", "numpy", "pydantic", "rich", "safetensors", "tomli", "tomli_w", "torch", "transformers"}
+_TRAIN_PACKAGES = {"av", "numpy", "pydantic", "rich", "safetensors", "tomli_w", "torch", "transformers"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

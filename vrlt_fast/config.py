@@ -22,13 +22,11 @@ class ModelConfig(_Section):
     name: str = ""
     """Folder of an HF model (config.json, safetensors, tokenizer), or a hub name that is in the local HF cache."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Data type of the weights and of the computation."""
+    """Data type of the weights and of the computation; bfloat16 weights are updated through fp32 copies."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is a device."""
     freeze_vision: bool = True
     """Keep the vision tower and its merger at their loaded weights."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of the language model."""
 
 
 class DataConfig(_Section):
@@ -108,7 +106,7 @@ class RewardConfig(_Section):
     format: Annotated[float, Field(ge=0.0)] = 0.5
     """Weight of the format part: the response follows the grammar of its task exactly."""
     shuffle: bool = False
-    """Control experiment: hand each response another response's reward of the same step."""
+    """Control experiment: hand each response the reward of another response of its group, at random."""
 
 
 class GrpoConfig(_Section):
@@ -153,7 +151,7 @@ class TrainConfig(_Section):
     threads: Count = 0
     """CPU threads of torch; 0: torch's own choice."""
     micro_rows: Positive = 64
-    """Responses (GRPO) or samples (SFT) in one forward pass; the gradient is accumulated over the step."""
+    """Most responses (GRPO) or questions (SFT) in one pass, but at least one group; gradients add up over the step."""
 
 
 class CheckpointConfig(_Section):

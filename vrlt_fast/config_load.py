@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import math
 import re
-import sys
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,11 +20,6 @@ from pydantic_core import ErrorDetails
 
 from vrlt_fast.config import Config
 from vrlt_fast.errors import ConfigError, Problem
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Verb = Literal["train", "eval"]
 Origins = dict[str, str]

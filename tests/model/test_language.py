@@ -10,7 +10,7 @@ import torch
 from vrlt_fast.config import ModelConfig, PromptConfig, VideoConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.model.attention import segment_attention
-from vrlt_fast.model.language import target_logits
+from vrlt_fast.model.language import target_hidden
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
 from vrlt_fast.model.prompt import encode_prompt
@@ -59,7 +59,7 @@ def test_logits_and_gradients_equal_the_replicated_forward(lm, prompts, seed):
     weight = torch.randn(int(layout.row_lengths.sum()), generator=torch.Generator().manual_seed(seed))
 
     lm.module.zero_grad()
-    logits = target_logits(lm, layout, shared_vision(lm, prompts))
+    logits = lm.module.lm_head(target_hidden(lm, layout, shared_vision(lm, prompts)))
     targets = layout.targets
     (logits.log_softmax(-1).gather(1, targets[:, None])[:, 0] * weight).sum().backward()
     ours = {n: p.grad.clone() for n, p in lm.module.named_parameters()}
@@ -83,8 +83,8 @@ def test_padding_and_neighbours_do_not_change_a_row(lm, prompts):
     others = rows_of(prompts, [[response], [[1] * 9], [[2]], [], [[3] * 4]])
     among = build_layout(prompts, others, pad=lm.info.pad_token)
     with torch.no_grad():
-        first = target_logits(lm, alone, shared_vision(lm, prompts[:1]))
-        second = target_logits(lm, among, shared_vision(lm, prompts))[:3]
+        first = target_hidden(lm, alone, shared_vision(lm, prompts[:1]))
+        second = target_hidden(lm, among, shared_vision(lm, prompts))[:3]
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 

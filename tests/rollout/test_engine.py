@@ -5,7 +5,7 @@ import torch
 
 from vrlt_fast.config import ModelConfig, PromptConfig, VideoConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
-from vrlt_fast.model.language import target_logits
+from vrlt_fast.model.language import target_hidden
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
 from vrlt_fast.model.prompt import encode_prompt
@@ -40,7 +40,7 @@ def test_logprobs_of_rollouts_equal_scoring(lm, prompts, temperature):
     rows = [[response_row(p, c.tokens) for c in g.completions] for p, g in zip(prompts, groups, strict=True)]
     layout = build_layout(prompts, rows, pad=lm.info.pad_token)
     with torch.no_grad():
-        logits = target_logits(lm, layout, shared_vision(lm, prompts))
+        logits = lm.module.lm_head(target_hidden(lm, layout, shared_vision(lm, prompts)))
     expected, _ = token_logprob_ref(logits, layout.targets, temperature)
     ours = torch.cat([c.logprobs for g in groups for c in g.completions])
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)

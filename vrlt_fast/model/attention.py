@@ -39,7 +39,6 @@ def segment_attention(
         [1, N, heads, d], and None for the weights.
     """
     lengths = cu_seq_lens_q.diff()
-    out = torch.empty_like(query.transpose(1, 2))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     sizes = torch.unique(lengths).tolist()
     if len(sizes) == 1:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
+from vrlt_kernels import token_logprob_ref
+
+LOGITS = 2**27
+"""Most logits that exist at a time (512 MB in fp32)."""
 
 
 @dataclass
@@ -84,8 +89,8 @@ def row_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
     )
 
 
-def target_logits(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
-    """Logits [N, vocab] that predict every target token, rows in order; N as in ``layout.targets``.
+def target_hidden(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+    """Hidden states [N, hidden] that predict every target token, rows in order; N as in ``layout.targets``.
 
     The prefix runs once a group; its keys and values, and its last hidden state, feed all rows, with gradients.
     """
@@ -98,4 +103,28 @@ def target_logits(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tor
         mask = row_mask(layout, queries)
         rest = run_text(lm, embeds, positions, Extension(prefix, layout.group), mask)
         hidden = torch.cat([hidden, rest], dim=1)
-    return lm.module.lm_head(hidden[layout.mask])  # type: ignore[no-any-return]
+    return hidden[layout.mask]
+
+
+def target_logprobs(
+    lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs fp32 [N] of the target tokens, with gradients, and entropies [N] in nats, without.
+
+    Logits exist for ``LOGITS`` values at a time; where they are more, a chunk's are computed again in the backward
+    pass.
+    """
+    hidden, targets = target_hidden(lm, layout, vision), layout.targets
+    rows = max(1, LOGITS // lm.module.lm_head.weight.shape[0])
+
+    def score(h: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprob_ref(lm.module.lm_head(h), t, temperature)
+
+    if len(targets) <= rows:
+        return score(hidden, targets)
+    parts = [
+        checkpoint(score, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -87,13 +88,12 @@ def inspect_model(name: str) -> ModelInfo:
     Raises:
         SetupError: M01 folder or weights missing, M02 family not supported, M03 tokenizer lacks a token or template.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
-            if not list(folder.glob(pattern)):
-                raise _problem(
-                    "VRLT-M01", f"model folder has no {what}", name, fix="point model.name at a complete HF folder"
-                )
+    folder = _local_folder(name)
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
+        if not list(folder.glob(pattern)):
+            fix = "point model.name at a complete HF folder"
+            raise _problem("VRLT-M01", f"model folder has no {what}", str(folder), fix=fix)
+    name = str(folder)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -116,6 +116,18 @@ def inspect_model(name: str) -> ModelInfo:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _problem("VRLT-M03", "tokenizer can't be read", name, str(error).splitlines()[0]) from None
     return _describe(name, config, tokenizer)
+
+
+def _local_folder(name: str) -> Path:
+    """The folder of a path or of a hub name in the local cache; nothing is downloaded. Raises SetupError M01."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        what, why = "no such model folder, nor in the local hub cache", str(error).splitlines()[0]
+        fix = f"check model.name, or download it first: hf download {name}"
+        raise _problem("VRLT-M01", what, name, why, fix) from None
 
 
 def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
@@ -148,7 +160,10 @@ def _normalisation(folder: Path) -> tuple[tuple[float, float, float], tuple[floa
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return CLIP_MEAN, CLIP_STD
-    values = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _problem("VRLT-M03", "preprocessor_config.json is not JSON", str(file), str(error)) from None
     return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))  # type: ignore[return-value]
 
 
@@ -163,9 +178,9 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
     device = pick_device(model.device)
     try:
         module, loading = MODELS[info.family].from_pretrained(
-            model.name,
+            info.path,
             dtype=getattr(torch, model.dtype),
-            attn_implementation=model.attention,
+            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -182,9 +197,8 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
                 "the weights belong to another configuration",
                 "use the folder as it was saved",
             )
-    if model.attention == "sdpa":
-        # set behind from_pretrained, which would look for a flash-attn wheel
-        module.model.visual.config._attn_implementation = SEGMENTS
+    # set behind from_pretrained, which would look for a flash-attn wheel
+    module.model.visual.config._attn_implementation = SEGMENTS
     module.to(device)
     module.train()
     if model.freeze_vision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def page(run: RunFolder) -> str:
         f"<title>{esc(run.name)} | vrlt_fast run report</title><style>{style}</style></head><body><main>"
         f'<header><p class="eyebrow">vrlt_fast run report</p><h1>{esc(run.name)}</h1>'
         f'<p class="lead">{summary(run)}</p>{tiles(run)}<nav>{links}</nav></header>{body}'
-        f"<footer>Written {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by vrlt report.</footer></main>"
+        f"<footer>Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by vrlt report.</footer></main>"
         f'<div id="tip" hidden></div><script>{script}</script></body></html>\n'
     )
 

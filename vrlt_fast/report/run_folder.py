@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,6 @@ from typing import Any
 from vrlt_fast.errors import Problem, SetupError
 from vrlt_fast.report.metrics import COMPLETIONS, METRICS, Record, read_jsonl_tail, read_jsonl_tolerant
 from vrlt_fast.report.numbers import ordered
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)

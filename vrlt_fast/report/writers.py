@@ -38,6 +38,12 @@ def _flat(tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, float(value)
 
 
+def check_writers(names: Sequence[str]) -> None:
+    """Raises SetupError E01 when the package of a writer is missing; opens nothing."""
+    for name in names:
+        _load(name)
+
+
 def open_writers(names: Sequence[str], run_dir: Path, project: str) -> list[Writer]:
     """Imports all packages first, so that a missing one (VRLT-E01) stops before any writer has begun."""
     modules = {name: _load(name) for name in names}

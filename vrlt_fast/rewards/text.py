@@ -25,7 +25,7 @@ _FORMAT = {
 }
 _ANSWER = re.compile(r"<answer>([^<]{0,200})</answer>")
 _GLUE = re.compile(r"<glue>([^<]{0,2000})</glue>")
-_LETTER = re.compile(rf"\s*\(?([{LETTERS}])(?:[).:\s]|$)")
+_LETTER = re.compile(rf"\s*\(?([{LETTERS}])(?:[).:]|\s*$)")
 _RANGE = re.compile(rf"({_NUMBER})\s?(?:to|and|-)\s?({_NUMBER})")
 _SPAN = re.compile(rf"\(\s?({_NUMBER})\s?,\s?({_NUMBER})\s?\)")
 

@@ -32,8 +32,7 @@ class RolloutRequest:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n] for training.
-    """
+    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n]."""
 
     response: Response
     tokens: tuple[int, ...]
@@ -55,6 +54,13 @@ class RolloutStats:
     frames_encoded: int = 0
     prefix_tokens_prefilled: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: RolloutStats) -> None:
+        """Take another call's counts and seconds in."""
+        self.frames_encoded += other.frames_encoded
+        self.prefix_tokens_prefilled += other.prefix_tokens_prefilled
+        for phase, spent in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
 @torch.no_grad()

@@ -67,6 +67,8 @@ def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The first token whose cumulated probability exceeds ``uniform`` of the whole; never one of probability 0."""
+    if torch.are_deterministic_algorithms_enabled():
+        logprobs = logprobs.cpu()  # CUDA has no deterministic cumsum
     cumulated = logprobs.double().exp().cumsum(dim=-1)
     target = uniform.to(cumulated.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].to(uniform.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,14 +17,59 @@ def named_trainable(lm: VideoLM) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in lm.module.named_parameters() if p.requires_grad]
 
 
-def make_optimizer(lm: VideoLM, optim: OptimConfig, lr: float) -> torch.optim.AdamW:
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on fp32 copies of parameters that are kept in less.
+
+    A step of 1e-6 is below half a bf16 ulp of most weights: without the copies it would be lost. ``masters`` are the
+    tensors
+    that are optimized, by name: the parameter itself where it is fp32 (or fp64) already.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], optim: OptimConfig, lr: float):
+        self.parameters = dict(named)
+        self.masters = {name: p if p.dtype.itemsize >= 4 else _master(p) for name, p in named}
+        matrices = [m for m in self.masters.values() if m.ndim >= 2]
+        others = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        super().__init__([g for g in groups if g["params"]], lr=lr, betas=optim.betas, foreach=True)
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """The masters that are not the parameter itself, for the checkpoint."""
+        return {f"master/{n}": m for n, m in self.masters.items() if m is not self.parameters[n]}
+
+    @torch.no_grad()
+    def load_copies(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of :meth:`copies`; raises KeyError for one that is missing."""
+        for name, master in self.copies().items():
+            master.copy_(tensors[name])
+
+    def update(self) -> None:
+        """One step from the parameters' gradients, which are cleared."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+        self.step()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(parameter.detach().float().clone())
+
+
+def make_optimizer(lm: VideoLM, optim: OptimConfig, lr: float) -> MasterAdamW:
     """AdamW with weight decay on matrices only."""
-    params = named_trainable(lm)
-    groups = [
-        {"params": [p for _, p in params if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for _, p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=optim.betas, foreach=True)
+    return MasterAdamW(named_trainable(lm), optim, lr)
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -39,7 +85,7 @@ def constant_lr(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * min(step / max(warmup, 1), 1.0)
 
 
-def apply_step(lm: VideoLM, optimizer: torch.optim.Optimizer, loss: float, lr: float, grad_clip: float) -> float:
+def apply_step(lm: VideoLM, optimizer: MasterAdamW, loss: float, lr: float, grad_clip: float) -> float:
     """Clip the gradient, step, clear. Returns the gradient norm before clipping.
 
     Raises:
@@ -48,7 +94,7 @@ def apply_step(lm: VideoLM, optimizer: torch.optim.Optimizer, loss: float, lr: f
     params = [p for _, p in named_trainable(lm)]
     norm = float(torch.nn.utils.clip_grad_norm_(params, grad_clip))
     if not (math.isfinite(norm) and math.isfinite(loss)):
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.clear()
         raise Stopped(
             Problem(
                 "VRLT-S01",
@@ -59,6 +105,5 @@ def apply_step(lm: VideoLM, optimizer: torch.optim.Optimizer, loss: float, lr: f
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.update()
     return norm

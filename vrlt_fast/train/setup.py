@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from vrlt_fast.config import Config
 from vrlt_fast.config_load import dump_toml, load_config
+from vrlt_fast.data.prompts import user_text
 from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError, VrltError
@@ -24,6 +27,7 @@ from vrlt_fast.evals.run import data_root, pick_samples
 from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.prompt import render
+from vrlt_fast.report.writers import check_writers
 from vrlt_fast.video.decode import VideoIndex, probe
 from vrlt_fast.video.preprocess import smart_resize
 from vrlt_fast.video.sampling import TUBELET, sample_frames
@@ -62,6 +66,7 @@ def read_inputs(config: Config) -> Inputs:
         )
     info = inspect_model(config.model.name)
     pick_device(config.model.device)
+    check_writers(config.log.to)
     train = read_jsonl(Path(config.data.train), data_root(config, "train"))
     heldout: list[Sample] = []
     if config.data.eval:
@@ -69,7 +74,7 @@ def read_inputs(config: Config) -> Inputs:
         heldout = pick_samples(everything, config.eval.samples, config.train.seed)
     broken = _probe(config, info, train, data_root(config, "train"))
     broken += _probe(config, info, heldout, data_root(config, "eval")) if heldout else []
-    return Inputs(info, train, heldout, _fingerprint(config), tuple(broken))
+    return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken))
 
 
 def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Path) -> list[Problem]:
@@ -118,7 +123,10 @@ def _too_long(
     frames = len(sample_frames(index.n_frames, index.fps, config.video))
     tokens = frames // TUBELET * (height // factor) * (width // factor)
     timestamps = 8 * frames // TUBELET if config.prompt.video_layout == "interleaved" else 2
-    if tokens + timestamps + reserve + 32 < info.context // 2 and len(sample.question) < 2000:
+    if (
+        tokens + timestamps + reserve + 32 < info.context // 2
+        and len(user_text(sample, config.prompt) + config.prompt.system) < 2000
+    ):
         return None
     text = len(info.tokenizer(render(info, sample, config.prompt), add_special_tokens=False)["input_ids"])
     needed = tokens + timestamps + text + reserve
@@ -133,9 +141,55 @@ def _too_long(
     )
 
 
-def _fingerprint(config: Config) -> str:
+def _fingerprint(config: Config, info: ModelInfo) -> str:
+    """Digest of the annotation files and of the model folder's configuration and weight sizes."""
     digest = hashlib.sha256(Path(config.data.train).read_bytes())
+    if config.data.eval:
+        digest.update(Path(config.data.eval).read_bytes())
+    digest.update((Path(info.path) / "config.json").read_bytes())
+    for file in sorted(Path(info.path).glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
     return digest.hexdigest()
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises SetupError R01 when the run folder exists."""
+    if out.exists():
+        fix = "add --resume, or choose another --train.out"
+        raise SetupError(Problem("VRLT-R01", "run folder exists already", str(out), fix=fix))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same configuration with absolute paths of data, model folder and run folder, so that it holds in any
+    folder.
+    """
+    data = {
+        key: str(Path(value).absolute()) if value else ""
+        for key, value in config.data.model_dump(include={"train", "eval", "root"}).items()
+    }
+    model = str(Path(config.model.name).absolute()) if Path(config.model.name).is_dir() else config.model.name
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data),
+            "model": config.model.model_copy(update={"name": model}),
+            "train": config.train.model_copy(update={"out": str(Path(config.train.out).absolute())}),
+        }
+    )
+
+
+def lock_run_folder(run_dir: Path) -> IO[bytes]:
+    """An open file that keeps other processes out of the run folder until it is closed. Raises SetupError R02."""
+    file = (run_dir / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SetupError(
+            Problem(
+                "VRLT-R02", "another process trains in this run folder", str(run_dir), fix="wait for it, or stop it"
+            )
+        ) from None
+    return file
 
 
 def create_run_folder(config: Config) -> Path:
@@ -145,12 +199,7 @@ def create_run_folder(config: Config) -> Path:
         SetupError: R01 it exists, R02 it can't be written, R03 no space.
     """
     out = Path(config.train.out)
-    if out.exists():
-        raise SetupError(
-            Problem(
-                "VRLT-R01", "run folder exists already", str(out), fix="add --resume, or choose another --train.out"
-            )
-        )
+    refuse_existing(out)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with storage_errors(out):
         try:

@@ -9,12 +9,11 @@ import torch
 from vrlt_fast.config import PromptConfig
 from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.model.language import target_logits
+from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.rollout.engine import shared_vision
-from vrlt_kernels import token_logprob_ref
 
 
 def answer_tokens(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> list[int]:
@@ -41,7 +40,7 @@ def sft_backward(
             [answer_row(prompts[i], cut, answers[i]) for i in group] for cut, group in zip(cuts, chunk, strict=True)
         ]
         layout = build_layout(firsts, rows, pad=lm.info.pad_token, cuts=cuts, device=lm.device)
-        logp, _ = token_logprob_ref(target_logits(lm, layout, shared_vision(lm, firsts)), layout.targets)
+        logp, _ = target_logprobs(lm, layout, shared_vision(lm, firsts))
         part = -logp.sum() / total
         torch.autograd.backward(part)
         loss += float(part.detach())

@@ -9,17 +9,15 @@ from contextlib import contextmanager
 from time import perf_counter, process_time
 from typing import Any, Protocol
 
-import torch
-
 from vrlt_fast.config import Config
 from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.rewards.dual import dual_reward, unshaped
-from vrlt_fast.rollout.engine import RolloutRequest, RolloutStats, generate
+from vrlt_fast.rollout.engine import Group, RolloutRequest, RolloutStats, generate
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
-from vrlt_fast.train.optim import apply_step, constant_lr, cosine_lr
+from vrlt_fast.train.optim import MasterAdamW, apply_step, constant_lr, cosine_lr
 from vrlt_fast.train.sft import answer_tokens, sft_backward
 from vrlt_fast.train.step import ScoredGroup, UpdateStats, grpo_backward, score_groups, score_old, with_rewards
 
@@ -30,7 +28,7 @@ class Stage(Protocol):
     """What the trainer asks of a stage."""
 
     stream: BatchStream
-    optimizer: torch.optim.Optimizer
+    optimizer: MasterAdamW
 
     def step(self, step: int) -> tuple[Record, list[Record]]:
         """One optimizer step (from 1): the train record and the records of completions.jsonl."""
@@ -62,7 +60,7 @@ class Clock:
 class SftStage:
     """Cross-entropy on the training set's own answers."""
 
-    def __init__(self, config: Config, lm: VideoLM, feed: Feed, stream: BatchStream, optimizer: torch.optim.Optimizer):
+    def __init__(self, config: Config, lm: VideoLM, feed: Feed, stream: BatchStream, optimizer: MasterAdamW):
         self.config, self.lm, self.feed, self.stream, self.optimizer = config, lm, feed, stream, optimizer
 
     def step(self, step: int) -> tuple[Record, list[Record]]:
@@ -91,7 +89,7 @@ class GrpoStage:
         reference: VideoLM | None,
         feed: Feed,
         stream: BatchStream,
-        optimizer: torch.optim.Optimizer,
+        optimizer: MasterAdamW,
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer = stream, optimizer
@@ -106,7 +104,7 @@ class GrpoStage:
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
             return record | clock.record(), []
-        groups, rolled = generate(self.lm, self._requests(prompts, step))
+        groups, rolled = self._rollout(self._requests(prompts, step))
         clock.phases |= rolled.seconds
         with clock.phase("reward"):
             scored = score_groups(groups, self._reward, unshaped, self._weights, config.grpo)
@@ -115,6 +113,16 @@ class GrpoStage:
         stats, norm = self._update(scored, lr, clock)
         record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
         return record, completion_records(scored, step)
+
+    def _rollout(self, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:
+        """Whole groups, at most ``train.micro_rows`` responses at a time."""
+        at_once = max(1, self.config.train.micro_rows // self.config.rollout.group_size)
+        groups, stats = [], RolloutStats()
+        for start in range(0, len(requests), at_once):
+            some, rolled = generate(self.lm, requests[start : start + at_once])
+            groups += some
+            stats.add(rolled)
+        return groups, stats
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         rollout = self.config.rollout

@@ -9,12 +9,12 @@ from time import perf_counter
 import torch
 
 from vrlt_fast.config import GrpoConfig
-from vrlt_fast.model.language import target_logits
+from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
 from vrlt_fast.rollout.engine import Group, shared_vision
-from vrlt_kernels import group_advantages_ref, policy_loss_ref, token_logprob_ref
+from vrlt_kernels import group_advantages_ref, policy_loss_ref
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def grpo_backward(
     rows = sum(len(s.advantages) for s in scored)
     for number, chunk in enumerate(micro_batches(scored, micro_rows)):
         layout = group_layout(lm, chunk)
-        target, mask = layout.targets, layout.mask
+        mask = layout.mask
         advantage = torch.tensor([a for s in chunk for a in s.advantages], device=lm.device)
         weight = _weights(layout, grpo.reduction, stats.tokens, rows)
         prompts = [s.group.request.prompt for s in chunk]
@@ -103,9 +103,9 @@ def grpo_backward(
             with torch.no_grad():
                 same_tower = not vision.requires_grad
                 ref_vision = vision if same_tower else shared_vision(reference, prompts)
-                ref_logp, _ = token_logprob_ref(target_logits(reference, layout, ref_vision), target, temperature)
+                ref_logp, _ = target_logprobs(reference, layout, ref_vision, temperature)
         stats.reference_seconds += perf_counter() - begin
-        logp, entropy = token_logprob_ref(target_logits(lm, layout, vision), target, temperature)
+        logp, entropy = target_logprobs(lm, layout, vision, temperature)
         out = policy_loss_ref(
             logp,
             advantage[:, None].expand_as(mask)[mask],
@@ -133,8 +133,7 @@ def score_old(lm: VideoLM, scored: Sequence[ScoredGroup], *, temperature: float,
     for chunk in micro_batches(scored, micro_rows):
         layout = group_layout(lm, chunk)
         vision = shared_vision(lm, [s.group.request.prompt for s in chunk])
-        logits = target_logits(lm, layout, vision)
-        out.append(token_logprob_ref(logits, layout.targets, temperature)[0])
+        out.append(target_logprobs(lm, layout, vision, temperature)[0])
     return out
 
 

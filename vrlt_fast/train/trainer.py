@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -36,7 +37,16 @@ from vrlt_fast.train.checkpoint import (
 )
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.optim import make_optimizer
-from vrlt_fast.train.setup import Inputs, create_run_folder, describe, open_run_folder, read_inputs
+from vrlt_fast.train.setup import (
+    Inputs,
+    create_run_folder,
+    describe,
+    lock_run_folder,
+    open_run_folder,
+    read_inputs,
+    refuse_existing,
+    with_absolute_paths,
+)
 from vrlt_fast.train.stages import GrpoStage, SftStage, Stage
 from vrlt_fast.video.cache import ClipLoader
 
@@ -50,6 +60,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             checkpoint; other codes as they happen. Everything but C, D01-D11, M and R01 can go on with ``resume=True``.
     """
     console = console or Console()
+    config = with_absolute_paths(config)
     _threads_and_determinism(config)
     inputs = read_inputs(config)
     for problem in inputs.broken:
@@ -58,6 +69,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     lm = load_model(config.model, inputs.info)  # before there is a run folder: weights that don't fit leave none
     run_dir = open_run_folder(config) if resume else create_run_folder(config)
     with ExitStack() as stack:
+        stack.enter_context(lock_run_folder(run_dir))
         trainer = Trainer(config, inputs, lm, run_dir, console)
         if resume:
             trainer.restore()
@@ -69,10 +81,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def dry_run(config: Config) -> str:
-    """The resolved configuration and what would be trained; checks everything that :func:`train` checks, writes
-    nothing.
+    """The resolved configuration and what would be trained. Checks what :func:`train` checks but for the weights'
+    shapes, writes nothing.
     """
-    return dump_toml(config) + "\n" + describe(config, read_inputs(config))
+    inputs = read_inputs(config)
+    refuse_existing(Path(config.train.out))
+    return dump_toml(config) + "\n" + describe(config, inputs)
 
 
 class Trainer:
@@ -108,6 +122,7 @@ class Trainer:
     def stop(self, name: str) -> None:
         """Ask for a checkpoint and an end after the current step."""
         self._stop_signal = name
+        self.console.warn(f"{name}: stopping after this step, with a checkpoint")
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, and cut the logs back to it. Without one the run starts over."""
@@ -157,7 +172,8 @@ class Trainer:
         if resumed is not None:
             first = resumed["step"] + 1
             stage.stream.load(resumed["stream"])
-            load_optimizer_tensors(stage.optimizer, dict(self.lm.module.named_parameters()), self._tensors)
+            load_optimizer_tensors(stage.optimizer, stage.optimizer.masters, self._tensors)
+            stage.optimizer.load_copies(self._tensors)
             load_rng_tensors(self._tensors)
         self._resume_from, self._tensors = None, {}
         with self.console.progress(name, steps, plain=False) as advance:
@@ -209,7 +225,7 @@ class Trainer:
         return Stopped(Problem("VRLT-S02", f"stopped by {self._stop_signal} {when}", self.config.train.out, fix=fix))
 
     def _save(self, stage: Stage, name: str, step: int, *, final: bool) -> None:
-        parameters = dict(self.lm.module.named_parameters())
+        optimizer = stage.optimizer
         state = {
             "stage": name,
             "step": step,
@@ -222,7 +238,7 @@ class Trainer:
             self.checkpoints / checkpoint_name(name, None if final else step),
             model=self.lm.module,
             tokenizer_files=Path(self.inputs.info.path),
-            tensors={**optimizer_tensors(stage.optimizer, parameters), **rng_tensors()},
+            tensors={**optimizer_tensors(optimizer, optimizer.masters), **optimizer.copies(), **rng_tensors()},
             state=state,
         )
         prune(self.checkpoints, name, self.config.checkpoint.keep)
@@ -261,6 +277,8 @@ def peak_gb() -> float:
 def _threads_and_determinism(config: Config) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)
 
 

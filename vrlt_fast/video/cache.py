@@ -9,7 +9,7 @@ from pathlib import Path
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.video.decode import decode_frames, probe
 from vrlt_fast.video.preprocess import Clip, Geometry, to_clip
-from vrlt_fast.video.sampling import sample_frames
+from vrlt_fast.video.sampling import sample_frames, seconds_per_grid
 
 
 class ClipLoader:
@@ -48,10 +48,14 @@ class ClipLoader:
         times = tuple(float(index.times[i]) for i in numbers)
         v = self.video
         plan = f"{self.geometry} {v.min_pixels} {v.max_pixels} {numbers}"
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16, key=hashlib.sha256(plan.encode()).digest())
+        digest = hashlib.blake2b(digest_size=16, key=hashlib.sha256(plan.encode()).digest())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
         return to_clip(
             frames,
             times,
+            seconds_per_grid=seconds_per_grid(index.n_frames, index.fps, len(numbers)),
             geometry=self.geometry,
             min_pixels=v.min_pixels,
             max_pixels=v.max_pixels,

@@ -30,13 +30,15 @@ class Clip:
     """A decoded video as the tower takes it.
 
     ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation
-    time in
-    seconds of each of the 2 t frames, ``key`` names content and preprocessing (equal keys, equal patches).
+    time in seconds of each of the 2 t frames, ``seconds_per_grid`` the seconds between temporal grids as positions
+    count
+    them, ``key`` names content and preprocessing (equal keys, equal patches).
     """
 
     patches: torch.Tensor
     grid: tuple[int, int, int]
     times: tuple[float, ...]
+    seconds_per_grid: float
     key: str
     geometry: Geometry
 
@@ -48,12 +50,6 @@ class Clip:
     def n_tokens(self) -> int:
         t, h, w = self.grid
         return t * h * w // self.geometry.merge**2
-
-    @property
-    def seconds_per_grid(self) -> float:
-        """Mean seconds between temporal grids."""
-        n = len(self.times)
-        return (self.times[-1] - self.times[0]) / (n - 1) * TUBELET
 
     @property
     def grid_times(self) -> tuple[float, ...]:
@@ -112,6 +108,7 @@ def to_clip(
     frames: np.ndarray,
     times: tuple[float, ...],
     *,
+    seconds_per_grid: float,
     geometry: Geometry,
     min_pixels: int,
     max_pixels: int,
@@ -130,4 +127,4 @@ def to_clip(
             Problem("VRLT-V06", "frames can't be resized", where, str(error), "crop the video, or remove its lines")
         ) from None
     patches, grid = patchify(resize(frames, height, width), geometry)
-    return Clip(patches, grid, times, key, geometry)
+    return Clip(patches, grid, times, seconds_per_grid, key, geometry)

@@ -53,3 +53,10 @@ POLICIES: dict[str, Callable[[int, float, VideoConfig], list[int]]] = {
 def sample_frames(n_frames: int, fps: float, video: VideoConfig) -> list[int]:
     """Frame numbers of a video with ``n_frames`` frames at ``fps``, by the policy ``video.sampling``."""
     return POLICIES[video.sampling](n_frames, fps, video)
+
+
+def seconds_per_grid(n_frames: int, fps: float, sampled: int) -> float:
+    """Seconds from one frame pair to the next as Qwen2.5-VL's release code counts them: 2 over the mean rate of the
+    sampled frames.
+    """
+    return TUBELET * n_frames / fps / sampled

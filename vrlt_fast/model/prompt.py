@@ -19,10 +19,13 @@ SLOT = "<|vision_start|><|video_pad|><|vision_end|>"
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt: ids int64 [L], positions int64 [3, L], ``visual`` the places [n] of the clip's tokens in order."""
+    """One prompt, ``asked`` as its configuration says: ids int64 [L], positions int64 [3, L], ``visual`` the places
+    [n] of the clip's tokens in order.
+    """
 
     sample: Sample
     clip: Clip
+    asked: PromptConfig
     text: str
     ids: torch.Tensor
     positions: torch.Tensor
@@ -77,7 +80,7 @@ def encode_prompt(info: ModelInfo, sample: Sample, clip: Clip, prompt: PromptCon
         tokens_per_second=getattr(info.config.vision_config, "tokens_per_second", 1),
     )
     visual = (ids == info.video_token).nonzero()[:, 0]
-    return Prompt(sample, clip, text, ids, positions, visual, after)
+    return Prompt(sample, clip, prompt, text, ids, positions, visual, after)
 
 
 def render(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> str:

@@ -62,11 +62,11 @@ class Feed:
         """
         return self._prompts(stream.next())
 
-    def next_videos(self, stream: BatchStream) -> list[Prompt]:
-        """The prompts of all samples about the next videos; raises as :meth:`next`."""
-        return self._prompts([index for video in stream.next() for index in self._by_video[video]])
+    def next_videos(self, stream: BatchStream, thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
+        """The prompts of all samples about the next videos, with thinking where ``thinks``; raises as :meth:`next`."""
+        return self._prompts([index for video in stream.next() for index in self._by_video[video]], thinks)
 
-    def _prompts(self, indices: Sequence[int]) -> list[Prompt]:
+    def _prompts(self, indices: Sequence[int], thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
         prompts = []
         readable: dict[str, bool] = {}  # a video counts once, however many questions about it the step has
         for index in indices:
@@ -76,7 +76,10 @@ class Feed:
             try:
                 clip = self._loader.load(resolve_video(sample, self._root))
                 reserve = self._config.rollout.max_new_tokens
-                prompts.append(encode_prompt(self._info, sample, clip, self._config.prompt, reserve=reserve))
+                asked = self._config.prompt
+                if thinks is not None and thinks(sample):
+                    asked = asked.model_copy(update={"think": True})
+                prompts.append(encode_prompt(self._info, sample, clip, asked, reserve=reserve))
             except DataError as error:
                 if isinstance(error, VideoError):
                     readable[sample.video] = False

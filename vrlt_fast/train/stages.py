@@ -67,12 +67,13 @@ class SftStage:
         config, clock = self.config, Clock()
         sft = config.sft
         with clock.phase("decode"):
-            prompts = self.feed.next_videos(self.stream)
+            rng = random.Random(f"think-{config.train.seed}-{step}")
+            prompts = self.feed.next_videos(self.stream, lambda s: bool(s.reasoning) and rng.random() < sft.think_share)
         lr = cosine_lr(step, sft.steps, sft.lr, config.optim.warmup)
         record: Record = {"stage": "sft", "step": step, "steps": sft.steps, "lr": lr}
         if prompts:
             with clock.phase("update"):
-                answers = [answer_tokens(self.lm.info, p.sample, config.prompt) for p in prompts]
+                answers = [answer_tokens(self.lm.info, p.sample, p.asked) for p in prompts]
                 loss, tokens = sft_backward(self.lm, prompts, answers, config.train.micro_rows)
                 norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
             record |= {"loss": loss, "grad_norm": norm, "tokens_s": tokens / clock.seconds}

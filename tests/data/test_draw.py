@@ -33,7 +33,7 @@ def sources(footage):
 def clips(request: pytest.FixtureRequest, footage) -> dict[str, Clip]:
     """One clip with a single event for each kind."""
     print(f"seed {SEED}")
-    single = [clip for clip in plan_clips(request.param, 150, footage, SEED) if len(clip.events) == 1]
+    single = [clip for clip in plan_clips(request.param, 600, footage, SEED) if len(clip.events) == 1]
     return {kind: next(clip for clip in single if clip.events[0].kind == kind) for kind in KINDS}
 
 

@@ -94,7 +94,7 @@ def test_patch_layout_is_transformers(t, h, w, patch, merge, seed):
 def test_the_resized_pictures_come_back_exactly(seed, shape):
     frames = np.random.default_rng(seed).integers(0, 256, (6, *shape, 3), dtype=np.uint8)
     times = tuple(i / 4 for i in range(6))
-    clip = to_clip(frames, times, geometry=Geometry(), min_pixels=784, max_pixels=9408, key="k")
+    clip = to_clip(frames, times, geometry=Geometry(), min_pixels=784, max_pixels=9408, seconds_per_grid=0.5, key="k")
     height, width = smart_resize(*shape, 28, 784, 9408)
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
     expected = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
@@ -112,5 +112,14 @@ def test_the_resized_pictures_come_back_exactly(seed, shape):
 def test_a_strip_is_refused_by_name():
     frames = np.zeros((2, 2, 500, 3), dtype=np.uint8)
     with pytest.raises(VideoError, match=r"strip\.mp4") as caught:
-        to_clip(frames, (0.0, 0.5), geometry=Geometry(), min_pixels=784, max_pixels=9408, key="k", where="strip.mp4")
+        to_clip(
+            frames,
+            (0.0, 0.5),
+            geometry=Geometry(),
+            min_pixels=784,
+            max_pixels=9408,
+            seconds_per_grid=1.0,
+            key="k",
+            where="strip.mp4",
+        )
     assert caught.value.code == "VRLT-V06"

@@ -217,7 +217,7 @@ def refused_saves(tmp_path_factory) -> dict[str, tuple[str, str, list[str], list
     """(error code, message, checkpoints left, their steps) of saves that can't work, by reason."""
     folder = tmp_path_factory.mktemp("refused")
     # One of the children becomes nobody and has to get there.
-    for parent in (folder, folder.parent, folder.parent.parent):
+    for parent in (folder, *folder.parents):
         if parent.stat().st_uid == os.getuid() and "pytest" in str(parent):
             parent.chmod(0o755)
     # Mounts are seen by the children only and go with them.

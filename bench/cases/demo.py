@@ -1,10 +1,8 @@
 """demo: does GRPO with the dual reward teach the tiny model, and what of it is not mere sharpening?
 
 For each seed (model initialisation, data order, sampling): the demo recipe, then from the end of its SFT stage two
-controls
-that get the CPU time of the GRPO stage: more SFT, and GRPO with shuffled rewards. The SFT policy is also sampled at
-lower
-temperatures. All on every held-out question, 4 sampled answers each at temperature 1.
+controls that get the CPU time of the GRPO stage: more SFT, and GRPO with shuffled rewards. The SFT policy is also
+sampled at lower temperatures. All on every held-out question, 4 sampled answers each at temperature 1.
 """
 
 from __future__ import annotations

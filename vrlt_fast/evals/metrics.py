@@ -1,8 +1,8 @@
 """Metrics of scored answers: accuracy, mean tIoU, R1 at thresholds, and grounded accuracy.
 
 An answer that can't be read counts as wrong and as tIoU 0. R1@t counts tIoU >= t. acc@gqa counts answers that are
-right and
-whose predicted spans lie at least half inside the annotated ones (IoP >= 0.5), as NExT-GQA's official script does.
+right and whose predicted spans lie at least half inside the annotated ones (IoP >= 0.5), as NExT-GQA's official
+script does.
 """
 
 from __future__ import annotations

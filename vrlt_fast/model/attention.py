@@ -1,8 +1,7 @@
 """Attention of the vision tower over independent segments, registered in transformers' attention interface.
 
 Qwen-VL towers attend inside one frame pair (or window) only. transformers' sdpa path calls attention once a segment
-from
-Python; here segments of equal length go through one batched call. Same mathematics, no extra wheel.
+from Python; here segments of equal length go through one batched call. Same mathematics, no extra wheel.
 """
 
 from __future__ import annotations

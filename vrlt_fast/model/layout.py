@@ -3,8 +3,8 @@ rows.
 
 A group is one prefix and its continuations. In GRPO the prefix is the prompt and the rows are its responses; in the
 supervised warm-up the prefix is the part of the prompt that the questions about one video share, and a row is the
-rest of
-the prompt and the answer. The prefix is computed once; its last row predicts the first token of every continuation.
+rest of the prompt and the answer. The prefix is computed once; its last row predicts the first token of every
+continuation.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class GroupLayout:
     """P prefixes padded right to L, ``rows`` continuations padded right to R.
 
     ``ids`` int64 [P, L], ``positions`` int64 [3, P, L], ``lengths`` int64 [P], ``visual`` int64 [n] flat places in [P
-    * L];
-    ``group`` int64 [rows] the prefix of each row, ``row_ids`` int64 [rows, R], ``row_positions`` int64 [3, rows, R],
-    ``row_lengths`` and ``row_context`` int64 [rows].
+    * L]; ``group`` int64 [rows] the prefix of each row, ``row_ids`` int64 [rows, R], ``row_positions`` int64 [3,
+    rows, R], ``row_lengths`` and ``row_context`` int64 [rows].
     """
 
     ids: torch.Tensor

@@ -125,8 +125,7 @@ def _architecture(vocab: int, ids: dict[str, int]) -> dict[str, Any]:
 
 def _initialise(model: PreTrainedModel) -> None:
     """Scale every matrix by its fan-in (transformers' fixed 0.02 suits wide models), and bring the tower's output
-    down to
-    the size of token embeddings, so that its tokens don't drown the timestamps that they attend to.
+    down to the size of token embeddings, so that its tokens don't drown the timestamps that they attend to.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """The two signatures of every reward.
 
 A reward scores one response: ``reward(response, sample) -> {part: value}``. A shaper sees the whole group, and
-auxiliary
-groups of the same prompt where a recipe asks for them: ``shape(parts, group, auxiliary) -> parts``. Both are pure.
+auxiliary groups of the same prompt where a recipe asks for them: ``shape(parts, group, auxiliary) -> parts``. Both
+are pure.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ Parts = dict[str, float]
 @dataclass(frozen=True)
 class Response:
     """What a policy said: ``text`` without special tokens, its length in tokens (the stop token counts), and why it
-    ended
-    (``"stop"`` or ``"length"``)."""
+    ended (``"stop"`` or ``"length"``)."""
 
     text: str
     n_tokens: int

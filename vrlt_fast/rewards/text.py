@@ -43,8 +43,7 @@ def parse(text: str, sample: Sample, *, think: bool) -> Parsed:
     """Read a response for a sample's task.
 
     ``well_formed`` asks for the whole text to follow the grammar, letters to be among the options and every span to
-    start
-    before it ends. Answer and spans are read from the last answer (and glue) tag even where the form is wrong.
+    start before it ends. Answer and spans are read from the last answer (and glue) tag even where the form is wrong.
     """
     readable = text if len(text) <= LONGEST else ""
     answer: str | None = None

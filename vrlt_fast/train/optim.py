@@ -21,8 +21,7 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW on fp32 copies of parameters that are kept in less.
 
     A step of 1e-6 is below half a bf16 ulp of most weights: without the copies it would be lost. ``masters`` are the
-    tensors
-    that are optimized, by name: the parameter itself where it is fp32 (or fp64) already.
+    tensors that are optimized, by name: the parameter itself where it is fp32 (or fp64) already.
     """
 
     def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], optim: OptimConfig, lr: float):

@@ -28,8 +28,7 @@ def sft_backward(
     """Accumulate the gradient of the mean negative log-likelihood (nats a token) of the answers.
 
     Questions about the same video share its tokens: system message and video run once, the questions are rows behind
-    them.
-    Returns the loss and the number of tokens that went through the model.
+    them. Returns the loss and the number of tokens that went through the model.
     """
     total = sum(len(a) for a in answers)
     loss, trained = 0.0, 0

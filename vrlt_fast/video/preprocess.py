@@ -31,8 +31,7 @@ class Clip:
 
     ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation
     time in seconds of each of the 2 t frames, ``seconds_per_grid`` the seconds between temporal grids as positions
-    count
-    them, ``key`` names content and preprocessing (equal keys, equal patches).
+    count them, ``key`` names content and preprocessing (equal keys, equal patches).
     """
 
     patches: torch.Tensor

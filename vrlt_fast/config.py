@@ -81,6 +81,9 @@ class SftConfig(_Section):
     """Videos a step; all questions about a video go together and share its tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-5
     """Peak learning rate; linear warm-up, then cosine to 10 %."""
+    narration: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of a second loss: captions behind each frame pair, from the samples' timeline (interleaved layout only).
+    """
     think_share: Share = 0.0
     """Share of the questions with a reasoning that the warm-up asks with thinking though prompt.think is off."""
 

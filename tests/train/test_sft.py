@@ -7,10 +7,13 @@ import random
 import pytest
 import torch
 
-from vrlt_fast.config import PromptConfig
+from vrlt_fast.config import PromptConfig, VideoConfig
 from vrlt_fast.data.prompts import answer_text
+from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.model.prompt import encode_narration
 from vrlt_fast.model.vision import normalise
-from vrlt_fast.train.sft import answer_tokens, by_clip, sft_backward
+from vrlt_fast.train.sft import answer_tokens, by_clip, narration_backward, sft_backward
+from vrlt_fast.video.cache import ClipLoader
 
 
 def gradients(lm):
@@ -75,3 +78,40 @@ def test_answers_end_with_the_stop_token(lm, prompts):
         assert tokens[-1] in lm.info.stop_tokens
         assert not set(tokens[:-1]) & set(lm.info.stop_tokens)
         assert lm.info.tokenizer.decode(tokens[:-1]) == answer_text(each.sample, prompt)
+
+
+def test_narration_is_the_captions_behind_their_frame_pairs(lm, demo, seed):
+    print("seed", seed)
+    prompt = PromptConfig(video_layout="interleaved", think=False)
+    loader = ClipLoader(VideoConfig(sampling="fps", fps=2, min_pixels=784, max_pixels=4704), lm.info.geometry)
+    videos = {s.video: s for s in read_jsonl(demo / "train.jsonl")}
+    samples = list(videos.values())[:3]
+    narrations = [encode_narration(lm.info, s, loader.load(resolve_video(s, demo)), prompt) for s in samples]
+    for sample, (narration, places) in zip(samples, narrations, strict=True):
+        seen = ["-"] * round(sample.duration)
+        for moment in sample.timeline:
+            seen[round(moment.start) : round(moment.end)] = [f" {moment.text}"] * round(moment.end - moment.start)
+        assert lm.info.tokenizer.decode(narration.ids[places]) == "".join(seen)
+        behind = narration.visual.view(len(seen), -1)[:, -1] + 2  # <|vision_end|> stands between
+        assert set(behind.tolist()) <= set(places.tolist())
+
+    lm.module.zero_grad()
+    loss = narration_backward(lm, narrations, 0.5, micro_rows=2)
+    ours = {n: p.grad.clone() for n, p in lm.module.named_parameters() if p.grad is not None}
+    lm.module.zero_grad()
+    rows = []
+    for narration, places in narrations:
+        out = lm.module(
+            input_ids=narration.ids[None],
+            attention_mask=torch.ones_like(narration.ids)[None],
+            position_ids=narration.positions[:, None],
+            pixel_values_videos=normalise(lm, narration.clip.patches),
+            video_grid_thw=torch.tensor([narration.clip.grid]),
+        )
+        rows.append(out.logits[0, places - 1].log_softmax(-1).gather(1, narration.ids[places][:, None])[:, 0])
+    expected = -torch.cat(rows).mean()
+    (0.5 * expected).backward()
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    for name, parameter in lm.module.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)

@@ -11,12 +11,12 @@ from itertools import pairwise
 from typing import Any
 
 from vrlt_fast.data.paths import Root, shorten
-from vrlt_fast.data.sample import LETTERS, TASKS, Box, Sample, Span
+from vrlt_fast.data.sample import LETTERS, TASKS, Box, Moment, Sample, Span
 from vrlt_fast.errors import Problem
 
 FIELDS = (
     "id", "video", "duration", "task", "question", "options", "answer", "spans",
-    "images", "boxes", "object_id", "progress", "reasoning",
+    "images", "boxes", "object_id", "progress", "reasoning", "timeline",
 )  # fmt: skip
 _OF_TASK = {
     "options": ("videoqa", "grounded_qa"),
@@ -60,6 +60,7 @@ class Line:
             object_id=self.object_id(),
             progress=self.progress(),
             reasoning=self.reasoning(),
+            timeline=self.timeline(duration),
             line=self.where,
         )
         return None if self.problems else made
@@ -217,6 +218,24 @@ class Line:
             why = "the trainer writes the think tags around it and the answer behind it"
             self.report("VRLT-D03", '"reasoning" has think or answer tags', why, "keep only what stands between them")
         return value
+
+    def timeline(self, duration: float) -> tuple[Moment, ...]:
+        value = self.fields.get("timeline", [])
+        if not isinstance(value, list):
+            self.wrong("timeline", "a list of moments")
+            return ()
+        moments = []
+        for item in value:
+            start, end = (as_number(item.get(name)) if isinstance(item, dict) else None for name in ("start", "end"))
+            text = item.get("text") if isinstance(item, dict) else None
+            if start is None or end is None or not isinstance(text, str) or not text.strip() or len(item) != 3:
+                why = "a moment has the numbers start and end (seconds) and a text"
+                self.report("VRLT-D03", f'"timeline" has {shorten(item)}', why)
+            elif not 0 <= start < end <= duration + _ROUNDING:
+                self.report("VRLT-D05", f'"timeline" has {shorten(item)}', f"needs 0 <= start < end <= {duration}")
+            else:
+                moments.append(Moment(start, end, self.clean("timeline", text)))
+        return tuple(moments)
 
     def object_id(self) -> int | None:
         value = self.fields.get("object_id")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vrlt_fast.data.clips import COLOURS, FPS, HEIGHT, KINDS, SHAPES, TONES, WIDTH, Clip, Deck, Event
 from vrlt_fast.data.footage import Footage
-from vrlt_fast.data.sample import LETTERS, Box, Sample
+from vrlt_fast.data.sample import LETTERS, Box, Moment, Sample
 
 _ASKED = 0.92  # share of the clips that get a question of each task
 _IMAGE_EVERY = 5
@@ -162,6 +162,7 @@ def _sample(
     answer: str = "",
     progress: float | None = None,
 ) -> Sample:
+    timeline = _timeline(clip, footage)
     pasted = next((event for event in clip.events if event.kind == "object"), None)
     return Sample(
         id=f"{clip.id}-{suffix}",
@@ -175,22 +176,34 @@ def _sample(
         boxes=_boxes(pasted) if pasted else (),
         object_id=list(COLOURS).index(pasted.colour) * len(SHAPES) + SHAPES.index(pasted.shape) if pasted else None,
         progress=progress,
-        reasoning=_timeline(clip, footage),
+        reasoning=_by_second(clip, timeline),
+        timeline=timeline,
     )
 
 
-def _timeline(clip: Clip, footage: Mapping[str, Footage]) -> str:
+def _timeline(clip: Clip, footage: Mapping[str, Footage]) -> tuple[Moment, ...]:
+    """The events of a clip in a few words each."""
+    return tuple(
+        Moment(
+            event.start,
+            event.end,
+            _LABEL[event.kind].format(
+                colour=event.colour,
+                shape=event.shape,
+                tone=event.tone,
+                words=footage[event.source].words if event.source else "",
+            ),
+        )
+        for event in clip.events
+    )
+
+
+def _by_second(clip: Clip, timeline: Sequence[Moment]) -> str:
     """What is seen in each second: ``0-,1 red circle,2 red circle,3-``."""
     labels = ["-"] * (clip.frames // FPS)
-    for event in clip.events:
-        label = " " + _LABEL[event.kind].format(
-            colour=event.colour,
-            shape=event.shape,
-            tone=event.tone,
-            words=footage[event.source].words if event.source else "",
-        )
-        for second in range(round(event.start), round(event.end)):
-            labels[second] = label
+    for moment in timeline:
+        for second in range(round(moment.start), round(moment.end)):
+            labels[second] = f" {moment.text}"
     return ",".join(f"{second}{label}" for second, label in enumerate(labels))
 
 

@@ -140,6 +140,7 @@ def to_json(sample: Sample) -> dict[str, Any]:
         "object_id": sample.object_id,
         "progress": sample.progress,
         "reasoning": sample.reasoning,
+        "timeline": [{"start": m.start, "end": m.end, "text": m.text} for m in sample.timeline],
     }
     return {name: value for name, value in fields.items() if value not in ("", [], None)}
 

@@ -22,12 +22,22 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What is seen from ``start`` to ``end`` (seconds), in a few words."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question about one video.
 
     ``options`` and ``answer`` (a letter) belong to videoqa and grounded_qa, ``spans`` (seconds, sorted, disjoint) to
     grounding and grounded_qa. ``images``, ``boxes``, ``object_id`` and ``progress`` (share of an action done, 0..1) are
-    optional ground truth for other rewards; ``reasoning`` is what the warm-up puts between the think tags. ``line``
+    optional ground truth for other rewards; ``reasoning`` is what the warm-up puts between the think tags, ``timeline``
+    what it may learn as captions of the frame pairs. ``line``
     says where the sample stands: ``train.jsonl:17``.
     """
 
@@ -44,6 +54,7 @@ class Sample:
     object_id: int | None = None
     progress: float | None = None
     reasoning: str = ""
+    timeline: tuple[Moment, ...] = ()
     line: str = ""
 
     @property

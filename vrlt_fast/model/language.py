@@ -128,3 +128,11 @@ def target_logprobs(
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def prefix_logprobs(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Log-probs fp32 [n], with gradients, of the prefix tokens at ``places`` (int64 [n] in [P * L], none first in its
+    row).
+    """
+    hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, KeyValues(), None).flatten(0, 1)
+    return token_logprob_ref(lm.module.lm_head(hidden[places - 1]), layout.ids.flatten()[places])[0]

@@ -96,3 +96,46 @@ def render(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> str:
             )
         )
     return str(text)
+
+
+def encode_narration(info: ModelInfo, sample: Sample, clip: Clip, prompt: PromptConfig) -> tuple[Prompt, torch.Tensor]:
+    """The prompt's beginning with a caption behind each frame pair: what ``sample.timeline`` says of that time, or "-".
+
+    Returns the prompt, and int64 [n] the places of the caption tokens in it. Pieces are tokenized one by one, so that a
+    caption never merges with what follows it.
+
+    Raises:
+        DataError: D10 as :func:`encode_prompt`.
+    """
+    head = render(info, sample, prompt).split(SLOT)[0]
+    ids: list[int] = []
+    places: list[int] = []
+
+    def write(text: str, *, target: bool = False) -> None:
+        tokens = info.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = [t for token in tokens for t in ([token] * per_grid if token == info.video_token else [token])]
+        places.extend(range(len(ids), len(ids) + len(tokens)) if target else ())
+        ids.extend(tokens)
+
+    (t, h, w), per_grid = clip.grid, clip.n_tokens // clip.grid[0]
+    write(head)
+    for seconds in clip.grid_times:
+        seen = [f" {m.text}" for m in sample.timeline if m.start <= seconds < m.end]
+        write(f"<{seconds:.1f} seconds>{SLOT}")
+        write(",".join(seen) or "-", target=True)
+    if len(ids) > info.context:
+        what = f"narration of {len(ids)} tokens exceeds the model's context of {info.context}"
+        raise DataError(Problem("VRLT-D10", what, sample.line or sample.id, fix="lower video.max_frames"))
+    tensor = torch.tensor(ids, dtype=torch.int64)
+    positions, after = mrope_positions(
+        tensor,
+        [(1, h, w)] * t,
+        [clip.seconds_per_grid] * t,
+        family=info.family,
+        video_token=info.video_token,
+        merge=info.geometry.merge,
+        tokens_per_second=getattr(info.config.vision_config, "tokens_per_second", 1),
+    )
+    visual = (tensor == info.video_token).nonzero()[:, 0]
+    narration = Prompt(sample, clip, prompt, head, tensor, positions, visual, after)
+    return narration, torch.tensor(places, dtype=torch.int64)

@@ -9,7 +9,7 @@ import torch
 from vrlt_fast.config import PromptConfig
 from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.model.language import target_logprobs
+from vrlt_fast.model.language import prefix_logprobs, target_logprobs
 from vrlt_fast.model.layout import answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
@@ -45,6 +45,27 @@ def sft_backward(
         loss += float(part.detach())
         trained += layout.tokens_trained
     return loss, trained
+
+
+def narration_backward(
+    lm: VideoLM, narrations: Sequence[tuple[Prompt, torch.Tensor]], weight: float, micro_rows: int
+) -> float:
+    """Accumulate ``weight`` times the gradient of the mean negative log-likelihood (nats a token) of the captions.
+
+    A caption stands right behind its frame pair: the tower learns from it long before attention finds the pair from an
+    answer. Returns the loss without the weight.
+    """
+    total, loss = sum(len(places) for _, places in narrations), 0.0
+    for start in range(0, len(narrations), micro_rows):
+        chunk = narrations[start : start + micro_rows]
+        prompts = [prompt for prompt, _ in chunk]
+        layout = build_layout(prompts, [[] for _ in chunk], pad=lm.info.pad_token, device=lm.device)
+        width = layout.ids.shape[1]
+        places = torch.cat([places + row * width for row, (_, places) in enumerate(chunk)]).to(lm.device)
+        part = -prefix_logprobs(lm, layout, shared_vision(lm, prompts), places).sum() / total
+        torch.autograd.backward(weight * part)
+        loss += float(part.detach())
+    return loss
 
 
 def by_clip(prompts: Sequence[Prompt], micro_rows: int) -> list[list[list[int]]]:

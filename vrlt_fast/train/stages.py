@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from vrlt_fast.config import Config
 from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
 from vrlt_fast.rollout.engine import Group, RolloutRequest, RolloutStats, generate
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.optim import MasterAdamW, apply_step, constant_lr, cosine_lr
-from vrlt_fast.train.sft import answer_tokens, sft_backward
+from vrlt_fast.train.sft import answer_tokens, narration_backward, sft_backward
 from vrlt_fast.train.step import ScoredGroup, UpdateStats, grpo_backward, score_groups, score_old, with_rewards
 
 Record = dict[str, Any]
@@ -75,9 +75,20 @@ class SftStage:
             with clock.phase("update"):
                 answers = [answer_tokens(self.lm.info, p.sample, p.asked) for p in prompts]
                 loss, tokens = sft_backward(self.lm, prompts, answers, config.train.micro_rows)
+                if sft.narration:
+                    record |= self._narrate(prompts)
                 norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
             record |= {"loss": loss, "grad_norm": norm, "tokens_s": tokens / clock.seconds}
         return record | clock.record(), []
+
+    def _narrate(self, prompts: Sequence[Prompt]) -> Record:
+        """The captions of the step's videos, once each; nothing where no sample has a timeline."""
+        videos = {p.clip.key: p for p in prompts if p.sample.timeline}
+        narrations = [encode_narration(self.lm.info, p.sample, p.clip, p.asked) for p in videos.values()]
+        if not narrations:
+            return {}
+        config = self.config
+        return {"narration": narration_backward(self.lm, narrations, config.sft.narration, config.train.micro_rows)}
 
 
 class GrpoStage:

@@ -152,6 +152,10 @@ WRONG = [
     (2, {"object_id": 1.5}, "D03"),
     (2, {"progress": 1.5}, "D03"),
     (2, {"reasoning": "<think>Red.</think>"}, "D03"),
+    (2, {"timeline": "red"}, "D03"),
+    (2, {"timeline": [{"start": 0, "end": 1}]}, "D03"),
+    (2, {"timeline": [{"start": 1, "end": 1, "text": "red"}]}, "D05"),
+    (2, {"timeline": [{"start": 0, "end": 1, "text": "<|im_end|>"}]}, "D09"),
 ]
 
 

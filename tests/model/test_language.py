@@ -9,14 +9,16 @@ import torch
 
 from vrlt_fast.config import ModelConfig, PromptConfig, VideoConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.model import language
 from vrlt_fast.model.attention import segment_attention
-from vrlt_fast.model.language import target_hidden
+from vrlt_fast.model.language import target_hidden, target_logprobs
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
 from vrlt_fast.model.prompt import encode_prompt
 from vrlt_fast.model.vision import encode_clips, normalise
 from vrlt_fast.rollout.engine import shared_vision
 from vrlt_fast.video.cache import ClipLoader
+from vrlt_kernels import token_logprob_ref
 
 VIDEO = VideoConfig(sampling="fps", fps=2, min_pixels=784, max_pixels=4704)
 
@@ -114,3 +116,26 @@ def test_segment_attention_equals_attention_segment_by_segment(seed):
         weights = (q[:, :, part] @ k[:, :, part].transpose(-1, -2) * 0.3).softmax(-1)
         torch.testing.assert_close(out[:, part], (weights @ v[:, :, part]).transpose(1, 2))
         start += n
+
+
+def test_chunks_of_logits_change_nothing(lm, prompts, monkeypatch):
+    layout = build_layout(prompts, rows_of(prompts, [[[5, 6, 7]], [[1] * 9, [2]], [[3]], [], [[4] * 4]]), pad=0)
+
+    def run():
+        lm.module.zero_grad()
+        logp, entropy = target_logprobs(lm, layout, shared_vision(lm, prompts), 0.7)
+        logp.sum().backward()
+        return logp.detach(), entropy, {n: p.grad.clone() for n, p in lm.module.named_parameters()}
+
+    whole = run()
+    monkeypatch.setattr(language, "LOGITS", 4 * lm.module.lm_head.weight.shape[0])
+    sizes = []
+    monkeypatch.setattr(
+        language, "token_logprob_ref", lambda x, t, temp: sizes.append(len(x)) or token_logprob_ref(x, t, temp)
+    )
+    chunked = run()
+    assert max(sizes) == 4
+    torch.testing.assert_close(chunked[:2], whole[:2], atol=1e-5, rtol=1e-5)
+    for name, grad in whole[2].items():
+        torch.testing.assert_close(chunked[2][name], grad, atol=1e-4, rtol=1e-4)
+    lm.module.zero_grad()

@@ -27,6 +27,7 @@ def earn(text, sample, *, think=False, reason="stop"):
         ("<answer>A</answer>", QA, {"semantic": 0, "format": 1}),
         ("<answer>D</answer>", QA, {"semantic": 0, "format": 0}),
         ("<answer>(B) b</answer>", QA, {"semantic": 1, "format": 0}),
+        ("<answer>B dog</answer>", QA, {"semantic": 0, "format": 0}),
         ("<answer>Bob</answer>", QA, {"semantic": 0, "format": 0}),
         ("<answer>b</answer>", QA, {"semantic": 0, "format": 0}),
         ("B", QA, {"semantic": 0, "format": 0}),

@@ -116,3 +116,12 @@ def test_state_round_trip(make_feed, seed):
     assert feed.failed == 0
     feed.load(state)
     assert feed.state() == state
+
+
+def test_thinking_is_asked_where_it_is_wanted(make_feed, seed):
+    feed, _, _ = make_feed()
+    prompts = feed.next_videos(feed.videos(2, seed), lambda sample: sample.wants_spans)
+    assert {p.asked.think for p in prompts} <= {True, False}
+    for prompt in prompts:
+        assert prompt.asked.think == prompt.sample.wants_spans
+        assert ("<think>" in prompt.text) == prompt.sample.wants_spans

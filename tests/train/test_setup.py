@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import safetensors.torch
@@ -11,8 +12,8 @@ import safetensors.torch
 from vrlt_fast.cli import main
 from vrlt_fast.config_load import dump_toml
 from vrlt_fast.data.readers import read_jsonl
-from vrlt_fast.errors import DataError
-from vrlt_fast.train.setup import create_run_folder, open_run_folder, read_inputs
+from vrlt_fast.errors import DataError, SetupError
+from vrlt_fast.train.setup import create_run_folder, lock_run_folder, open_run_folder, read_inputs
 from vrlt_fast.video.decode import probe
 
 
@@ -242,3 +243,19 @@ def test_run_folder_has_configuration_and_versions(make_config):
     versions = json.loads((out / "versions.json").read_text())
     assert {"vrlt_fast", "torch", "transformers", "python", "git", "device"} <= versions.keys()
     assert [p.name for p in out.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_two_processes_do_not_share_a_run_folder(tmp_path):
+    with lock_run_folder(tmp_path):
+        with pytest.raises(SetupError) as caught:
+            lock_run_folder(tmp_path)
+        assert caught.value.code == "VRLT-R02"
+    lock_run_folder(tmp_path).close()
+
+
+def test_a_missing_log_package_leaves_no_run_folder(vrlt_train, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    exit_code, told = vrlt_train(log={"to": ["trackio"]})
+    assert exit_code == 4
+    assert "VRLT-E01" in told
+    assert not leftovers(tmp_path)

@@ -73,7 +73,8 @@ def test_every_answer_of_a_question_is_equally_often_right(samples):
             assert set(counts.values()) == {mean}
         assert all(0.6 * mean - 2 <= count <= 1.4 * mean + 2 for count in counts.values()), (question, counts)
     for counts in letters.values():
-        assert max(counts.values()) - min(counts.values()) <= 1
+        mean = sum(counts.values()) / len(counts)
+        assert all(0.7 * mean - 2 <= count <= 1.3 * mean + 2 for count in counts.values()), counts
 
 
 def test_text_alone_does_not_answer(samples):

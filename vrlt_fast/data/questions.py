@@ -129,9 +129,11 @@ def _choice(
     footage: Mapping[str, Footage],
     rng: random.Random,
 ) -> Sample:
-    """A multiple-choice question of type ``kind``. Options keep the order of their pool, so that a letter is a class for
-    the questions with four possible answers: a model of two million parameters doesn't learn in minutes to look letters
-    up. Answers of a type are equally frequent, so letters are too.
+    """A multiple-choice question of type ``kind``.
+
+    Options keep the order of their pool, so that a letter is a class where a question has four possible answers: a model
+    of two million parameters doesn't learn in minutes to look letters up. Answers of a type are equally frequent, so
+    letters are too.
     """
     pools = {
         "colour": (event.colour, list(COLOURS)),

@@ -131,9 +131,9 @@ def _choice(
 ) -> Sample:
     """A multiple-choice question of type ``kind``.
 
-    Options keep the order of their pool, so that a letter is a class where a question has four possible answers: a model
-    of two million parameters doesn't learn in minutes to look letters up. Answers of a type are equally frequent, so
-    letters are too.
+    Options keep the order of their pool, so that a letter is a class where a question has four possible answers: a
+    model of two million parameters doesn't learn in minutes to look letters up. Answers of a type are equally
+    frequent, so letters are too.
     """
     pools = {
         "colour": (event.colour, list(COLOURS)),

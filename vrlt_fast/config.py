@@ -118,7 +118,9 @@ class GrpoConfig(_Section):
     steps: Count = 1000
     """Optimizer steps of GRPO."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    """Peak learning rate; linear warm-up, then constant."""
+    """Peak learning rate, after a linear warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: the peak, or cosine to 10 % of it at the last step."""
     beta: Annotated[float, Field(ge=0.0)] = 0.01
     """Weight of the k3 KL against the policy at the start of the stage; 0: no reference is kept."""
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2

@@ -172,3 +172,12 @@ def test_shuffled_rewards_are_the_same_rewards(make_config):
     for start in range(0, 24, 6):
         group = slice(start, start + 6)
         assert sorted(c["reward"] for c in plain[group]) == sorted(c["reward"] for c in shuffled[group])
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 1.0), ("cosine", 0.1)])
+def test_learning_rate_of_grpo_follows_its_schedule(make_config, schedule, last):
+    stage = stage_of(
+        "grpo", make_config(grpo={"schedule": schedule, "lr": 1e-6, "steps": 9}, optim={"warmup": 0}), False
+    )
+    assert stage.step(9)[0]["lr"] == pytest.approx(last * 1e-6)
+    assert all(group["lr"] == pytest.approx(last * 1e-6) for group in stage.optimizer.param_groups)

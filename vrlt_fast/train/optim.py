@@ -84,6 +84,9 @@ def constant_lr(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * min(step / max(warmup, 1), 1.0)
 
 
+SCHEDULES = {"constant": constant_lr, "cosine": cosine_lr}
+
+
 def apply_step(lm: VideoLM, optimizer: MasterAdamW, loss: float, lr: float, grad_clip: float) -> float:
     """Clip the gradient, step, clear. Returns the gradient norm before clipping.
 

@@ -17,7 +17,7 @@ from vrlt_fast.rewards.dual import dual_reward, unshaped
 from vrlt_fast.rollout.engine import Group, RolloutRequest, RolloutStats, generate
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
-from vrlt_fast.train.optim import MasterAdamW, apply_step, constant_lr, cosine_lr
+from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr
 from vrlt_fast.train.sft import answer_tokens, narration_backward, sft_backward
 from vrlt_fast.train.step import ScoredGroup, UpdateStats, grpo_backward, score_groups, score_old, with_rewards
 
@@ -112,7 +112,7 @@ class GrpoStage:
         config, clock = self.config, Clock()
         with clock.phase("decode"):
             prompts = self.feed.next(self.stream)
-        lr = constant_lr(step, config.grpo.steps, config.grpo.lr, config.optim.warmup)
+        lr = SCHEDULES[config.grpo.schedule](step, config.grpo.steps, config.grpo.lr, config.optim.warmup)
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
             return record | clock.record(), []

@@ -90,9 +90,9 @@ class DemoSeed:
         steps = round(spent / each)
         more = train(self.config("more_sft", model=sft, stages=["sft"], sft_steps=steps))
         shuffled = train(self.config("shuffled", model=sft, stages=["grpo"], shuffle=True))
-        values = {arm: _from_log(main, arm) for arm in ("sft", "grpo")}
-        values["more_sft"] = _from_log(more, "sft") | {"cpu_seconds": _cpu_seconds(more, "sft")}
-        values["shuffled"] = _from_log(shuffled, "grpo") | {"cpu_seconds": _cpu_seconds(shuffled, "grpo")}
+        values = {arm: metrics_of(main, arm) for arm in ("sft", "grpo")}
+        values["more_sft"] = metrics_of(more, "sft") | {"cpu_seconds": _cpu_seconds(more, "sft")}
+        values["shuffled"] = metrics_of(shuffled, "grpo") | {"cpu_seconds": _cpu_seconds(shuffled, "grpo")}
         values["grpo"] |= {"cpu_seconds": spent}
         values |= self.extra(main)
         return values
@@ -176,7 +176,8 @@ def _cpu_seconds(run_dir: Path, stage: str) -> float:
     return sum(_per_step(run_dir, stage))
 
 
-def _from_log(run_dir: Path, label: str) -> dict[str, float]:
+def metrics_of(run_dir: Path, label: str) -> dict[str, float]:
+    """The values of METRICS in the last evaluation of that label in a run folder."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = [r for r in map(json.loads, lines) if r["kind"] == "eval" and r["label"] == label]
     return _metrics(found[-1]["metrics"])

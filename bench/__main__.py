@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from bench.claims import check_claims, list_claims, update_tables
@@ -15,6 +16,7 @@ cases: """
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 done, 1 a check failed, 2 wrong usage."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line of vrlt, before torch is loaded
     command, *options = argv or [""]
     try:
         if command in ("claims", "tables") and options in ([], ["--check"]):

@@ -26,6 +26,8 @@ _TRAIN_PACKAGES = {"av", "numpy", "pydantic", "rich", "safetensors", "tomli_w", 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Prints every error itself."""
+    # OpenMP threads that spin while they wait cost far more than they gain as soon as another process wants the core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

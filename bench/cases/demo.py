@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         "--work",
         type=Path,
         default=Path("runs/bench-demo"),
-        help="folder for data and runs; a finished seed is not run again",
+        help="folder for data and runs; what is finished there is not run again",
     )
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--out", type=Path, default=None)
@@ -76,26 +76,33 @@ class DemoSeed:
         """Values by arm and metric."""
         from vrlt_fast.data.demo import build_demo
         from vrlt_fast.model.tiny import build_tiny
-        from vrlt_fast.train.trainer import train
 
         data = Path(self.options.work) / "data"
         if not data.exists():
             build_demo(data, seed=0)
-        shutil.rmtree(self.folder, ignore_errors=True)
         build_tiny(self.folder / "tiny-model", train_jsonl=data / "train.jsonl", seed=self.seed)
-        main = train(self.config("grpo", model=self.folder / "tiny-model"))
+        main = self.train("grpo", "grpo", model=self.folder / "tiny-model")
         sft = main / "checkpoints" / "sft-final"
         spent = _cpu_seconds(main, "grpo")
         each = statistics.median(_per_step(main, "sft"))
         steps = round(spent / each)
-        more = train(self.config("more_sft", model=sft, stages=["sft"], sft_steps=steps))
-        shuffled = train(self.config("shuffled", model=sft, stages=["grpo"], shuffle=True))
+        more = self.train("more_sft", "sft", model=sft, stages=["sft"], sft_steps=steps)
+        shuffled = self.train("shuffled", "grpo", model=sft, stages=["grpo"], shuffle=True)
         values = {arm: metrics_of(main, arm) for arm in ("sft", "grpo")}
         values["more_sft"] = metrics_of(more, "sft") | {"cpu_seconds": _cpu_seconds(more, "sft")}
         values["shuffled"] = metrics_of(shuffled, "grpo") | {"cpu_seconds": _cpu_seconds(shuffled, "grpo")}
         values["grpo"] |= {"cpu_seconds": spent}
         values |= self.extra(main)
         return values
+
+    def train(self, name: str, last: str, **how: Any) -> Path:
+        """The run folder of an arm whose last stage is ``last``: the finished run that is there, or a new one."""
+        from vrlt_fast.train.trainer import train
+
+        if (self.folder / name / "eval" / f"{last}.jsonl").exists():
+            return self.folder / name
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        return train(self.config(name, **how))
 
     def config(
         self, name: str, *, model: Path, stages: Sequence[str] = (), sft_steps: int = 0, shuffle: bool = False

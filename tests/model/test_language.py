@@ -18,7 +18,7 @@ from vrlt_fast.model.prompt import encode_prompt
 from vrlt_fast.model.vision import encode_clips, normalise
 from vrlt_fast.rollout.engine import shared_vision
 from vrlt_fast.video.cache import ClipLoader
-from vrlt_kernels import token_logprob_ref
+from vrlt_kernels import linear_logprob
 
 VIDEO = VideoConfig(sampling="fps", fps=2, min_pixels=784, max_pixels=4704)
 
@@ -129,12 +129,15 @@ def test_chunks_of_logits_change_nothing(lm, prompts, monkeypatch):
 
     whole = run()
     monkeypatch.setattr(language, "LOGITS", 4 * lm.module.lm_head.weight.shape[0])
-    sizes = []
+    budgets = []
     monkeypatch.setattr(
-        language, "token_logprob_ref", lambda x, t, temp: sizes.append(len(x)) or token_logprob_ref(x, t, temp)
+        language,
+        "linear_logprob",
+        lambda *args, **kw: budgets.append(kw["budget_bytes"]) or linear_logprob(*args, **kw),
     )
     chunked = run()
-    assert max(sizes) == 4
+    assert budgets == [4 * lm.module.lm_head.weight.nbytes // lm.module.lm_head.weight.shape[1]]
+    assert len(layout.targets) > 8
     torch.testing.assert_close(chunked[:2], whole[:2], atol=1e-5, rtol=1e-5)
     for name, grad in whole[2].items():
         torch.testing.assert_close(chunked[2][name], grad, atol=1e-4, rtol=1e-4)

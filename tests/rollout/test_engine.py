@@ -41,7 +41,7 @@ def test_logprobs_of_rollouts_equal_scoring(lm, prompts, temperature):
     layout = build_layout(prompts, rows, pad=lm.info.pad_token)
     with torch.no_grad():
         logits = lm.module.lm_head(target_hidden(lm, layout, shared_vision(lm, prompts)))
-    expected, _ = token_logprob_ref(logits, layout.targets, temperature)
+    expected = token_logprob_ref(logits, layout.targets, temperature).logp
     ours = torch.cat([c.logprobs for g in groups for c in g.completions])
     torch.testing.assert_close(ours, expected, atol=5e-5, rtol=1e-5)
     clips = {p.clip.key: p.clip for p in prompts}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
-from vrlt_kernels import token_logprob_ref
+from vrlt_kernels import TokenLogprob, linear_logprob
 
 LOGITS = 2**27
 """Most logits that exist at a time (512 MB in fp32)."""
@@ -111,23 +110,17 @@ def target_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs fp32 [N] of the target tokens, with gradients, and entropies [N] in nats, without.
 
-    Logits exist for ``LOGITS`` values at a time; where they are more, a chunk's are computed again in the backward
-    pass.
+    Logits exist for ``LOGITS`` values at a time; where they are more, some are computed again in the backward pass.
     """
-    hidden, targets = target_hidden(lm, layout, vision), layout.targets
-    rows = max(1, LOGITS // lm.module.lm_head.weight.shape[0])
+    out = _score(lm, target_hidden(lm, layout, vision), layout.targets, temperature)
+    return out.logp, out.entropy.detach()
 
-    def score(h: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_logprob_ref(lm.module.lm_head(h), t, temperature)
 
-    if len(targets) <= rows:
-        return score(hidden, targets)
-    parts = [
-        checkpoint(score, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+def _score(lm: VideoLM, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> TokenLogprob:
+    """Log-probs and entropies [n] of targets under the language model's head, from hidden states [n, hidden]."""
+    head = lm.module.lm_head
+    budget = LOGITS * hidden.element_size()
+    return linear_logprob(hidden, head.weight, targets, temperature, bias=head.bias, budget_bytes=budget)
 
 
 def prefix_logprobs(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -135,4 +128,4 @@ def prefix_logprobs(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, plac
     row).
     """
     hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, KeyValues(), None).flatten(0, 1)
-    return token_logprob_ref(lm.module.lm_head(hidden[places - 1]), layout.ids.flatten()[places])[0]
+    return _score(lm, hidden[places - 1], layout.ids.flatten()[places], 1.0).logp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from time import perf_counter
 
 import torch
@@ -14,7 +15,7 @@ from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
 from vrlt_fast.rollout.engine import Group, shared_vision
-from vrlt_kernels import group_advantages_ref, policy_loss_ref
+from vrlt_kernels import LossSpec, group_advantages, policy_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,12 @@ def with_rewards(
 ) -> list[ScoredGroup]:
     """Scored groups from given rewards."""
     flat = torch.tensor([r for group in rewards for r in group], dtype=torch.float64)
+    if not bool(torch.isfinite(flat).all()):
+        raise ValueError("rewards hold a value that is not finite")
     sizes = [len(group) for group in rewards]
-    advantages = group_advantages_ref(flat, sizes, scale=grpo.scale).split(sizes)
+    offsets = torch.tensor([0, *accumulate(sizes)])
+    scale = "group" if grpo.scale == "std" else "none"
+    advantages = group_advantages(flat, offsets, scale=scale).float().split(sizes)
     return [
         ScoredGroup(g, tuple(p), tuple(r), tuple(a.tolist()))
         for g, p, r, a in zip(groups, parts, rewards, advantages, strict=True)
@@ -92,9 +97,7 @@ def grpo_backward(
     rows = sum(len(s.advantages) for s in scored)
     for number, chunk in enumerate(micro_batches(scored, micro_rows)):
         layout = group_layout(lm, chunk)
-        mask = layout.mask
-        advantage = torch.tensor([a for s in chunk for a in s.advantages], device=lm.device)
-        weight = _weights(layout, grpo.reduction, stats.tokens, rows)
+        advantages = torch.tensor([a for s in chunk for a in s.advantages], device=lm.device)
         prompts = [s.group.request.prompt for s in chunk]
         vision = shared_vision(lm, prompts)
         begin = perf_counter()
@@ -106,21 +109,20 @@ def grpo_backward(
                 ref_logp, _ = target_logprobs(reference, layout, ref_vision, temperature)
         stats.reference_seconds += perf_counter() - begin
         logp, entropy = target_logprobs(lm, layout, vision, temperature)
-        out = policy_loss_ref(
+        out = policy_loss(
             logp,
-            advantage[:, None].expand_as(mask)[mask],
-            weight[:, None].expand_as(mask)[mask],
+            torch.nn.functional.pad(layout.row_lengths.cumsum(0), (1, 0)),
+            _spec(grpo, has_reference=ref_logp is not None),
+            advantages=advantages,
             old_logp=None if old is None else old[number],
             ref_logp=ref_logp,
-            beta=grpo.beta,
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
+            normalizer=stats.tokens if grpo.reduction == "token" else rows,
         )
         torch.autograd.backward(out.loss)
         stats.loss += float(out.loss.detach())
         stats.kl += float(out.kl.sum())
         stats.clipped += float(out.clipped.sum())
-        stats.entropy += float(entropy.sum())
+        stats.entropy += float(entropy.detach().sum())
         stats.tokens_trained += layout.tokens_trained
         stats.tokens_logical += layout.tokens_logical
     return stats
@@ -157,8 +159,13 @@ def group_layout(lm: VideoLM, chunk: Sequence[ScoredGroup]) -> GroupLayout:
     return build_layout(prompts, rows, pad=lm.info.pad_token, device=lm.device)
 
 
-def _weights(layout: GroupLayout, reduction: str, tokens: int, rows: int) -> torch.Tensor:
-    """Weight fp32 [rows] of each token of a response."""
-    if reduction == "token":
-        return torch.full((len(layout.group),), 1.0 / tokens, device=layout.ids.device)
-    return 1.0 / (rows * layout.row_lengths.float())
+def _spec(grpo: GrpoConfig, *, has_reference: bool) -> LossSpec:
+    """The configured loss; the log-ratio of k3 is clamped to +-10, so that one token can't outweigh the step."""
+    return LossSpec(
+        reduction="dapo" if grpo.reduction == "token" else "grpo",
+        clip_low=grpo.clip_low,
+        clip_high=grpo.clip_high,
+        kl="k3" if has_reference else "none",
+        kl_clamp_in=10.0,
+        beta=grpo.beta if has_reference else 0.0,
+    )

@@ -1,0 +1,241 @@
+"""Triton kernels over the rows of logits [n, V]; imported by ``_rows`` only where triton is installed.
+
+Every kernel takes row strides, so that rows may be slices of something wider, and works in ACC (fp32, or fp64 for fp64
+logits). A row belongs to one program (or, elementwise, to several), so its result never depends on its neighbours. How
+many rows there are is the grid and no argument: a new length compiles nothing. Vocabulary and row strides stay
+specialised, because the width of a memory access follows from what they are divisible by.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+_RUNTIME = ["inv_stride"]
+
+
+@triton.jit
+def _fold(row, inv, vocab, WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """max m of z = inv x; sums of e^(z-m), of e^(z-m) (z-m) and of e^2(z-m). One read of the row."""
+    top = tl.full((), float("-inf"), ACC)
+    total = tl.full((), 0.0, ACC)
+    moment = tl.full((), 0.0, ACC)
+    squares = tl.full((), 0.0, ACC)
+    for start in range(0, vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC) * inv
+        higher = tl.maximum(top, tl.max(z, 0))
+        # While all logits are -inf, 0 stands in for the maximum: -inf - -inf would be NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shift = tl.where(top == float("-inf"), 0.0, top - base)
+        rescale = tl.exp(shift)
+        gap = z - base
+        power = tl.exp(gap)
+        moment = rescale * (moment + shift * total) + tl.sum(power * tl.where(power > 0, gap, 0.0), 0)
+        total = rescale * total + tl.sum(power, 0)
+        if WANT_P2:
+            squares = rescale * rescale * squares + tl.sum(power * power, 0)
+        top = higher
+    return top, total, moment, squares
+
+
+@triton.jit
+def _finish(top, total, moment, x_target, inside, inv):
+    """log p(target), entropy, logsumexp. A row of -inf alone: -inf, 0, -inf. A target outside the vocabulary: NaN."""
+    empty = total == 0
+    base = tl.where(empty, 0.0, top)
+    size = tl.log(tl.where(empty, 1.0, total))
+    logp = tl.where(empty, float("-inf"), x_target * inv - base - size)
+    logp = tl.where(inside, logp, float("nan"))
+    entropy = tl.where(empty, 0.0, size - moment / tl.where(empty, 1.0, total))
+    return logp, entropy, tl.where(empty, float("-inf"), base + size)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def row_stats_kernel(
+    logits, target, inverse, logp_out, entropy_out, lse_out, p2_out, vocab, stride, inv_stride,
+    WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row: log p(target), entropy, logsumexp and, asked for, sum p^2."""
+    n = tl.program_id(0).to(tl.int64)
+    row = logits + n * stride
+    inv = tl.load(inverse + n * inv_stride)
+    goal = tl.load(target + n).to(tl.int64)
+    inside = (goal >= 0) & (goal < vocab)
+    x_target = tl.load(row + tl.where(inside, goal, 0)).to(ACC)
+    top, total, moment, squares = _fold(row, inv, vocab, WANT_P2, ACC, BLOCK)
+    logp, entropy, lse = _finish(top, total, moment, x_target, inside, inv)
+    tl.store(logp_out + n, logp)
+    tl.store(entropy_out + n, entropy)
+    tl.store(lse_out + n, lse)
+    if WANT_P2:
+        tl.store(p2_out + n, tl.where(total == 0, 0.0, squares / tl.where(total == 0, 1.0, total * total)))
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def row_fused_kernel(
+    logits, target, inverse, logp_out, entropy_out, lse_out, vocab, stride, inv_stride,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the statistics, then onehot - p written over the row, last block first (it is still in L2)."""
+    n = tl.program_id(0).to(tl.int64)
+    row = logits + n * stride
+    inv = tl.load(inverse + n * inv_stride)
+    goal = tl.load(target + n).to(tl.int64)
+    inside = (goal >= 0) & (goal < vocab)
+    x_target = tl.load(row + tl.where(inside, goal, 0)).to(ACC)
+    top, total, moment, _ = _fold(row, inv, vocab, False, ACC, BLOCK)
+    logp, entropy, lse = _finish(top, total, moment, x_target, inside, inv)
+    tl.store(logp_out + n, logp)
+    tl.store(entropy_out + n, entropy)
+    tl.store(lse_out + n, lse)
+    empty = total == 0
+    blocks = tl.cdiv(vocab, BLOCK)
+    # The target logit was read before anything was written; here every thread reads only what it writes itself.
+    for step in range(0, blocks):
+        cols = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC) * inv
+        p = tl.exp(z - tl.where(empty, 0.0, lse))
+        left = tl.where(empty, 0.0, tl.where(cols == goal, 1.0, 0.0) - p)
+        tl.store(row + cols, left.to(logits.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def row_grad_kernel(
+    out, logits, target, inverse, lse_in, entropy_in, a_in, e_in, vocab, stride, out_stride, inv_stride,
+    HAS_E: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program a row and block: inv (a (onehot - p) - e p (log p + H)); exact zeros, and no read, where a = e = 0."""
+    n = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inv = tl.load(inverse + n * inv_stride)
+    goal = tl.load(target + n)
+    lse = tl.load(lse_in + n)
+    a = tl.load(a_in + n)
+    alive = a != 0
+    if HAS_E:
+        e = tl.load(e_in + n)
+        alive = alive | (e != 0)
+    alive = alive & (lse != float("-inf"))
+    x = tl.load(logits + n * stride + cols, mask=cols < tl.where(alive, vocab, 0), other=float("-inf")).to(ACC)
+    log_p = x * inv - tl.where(alive, lse, 0.0)
+    p = tl.exp(log_p)
+    grad = a * (tl.where(cols == goal, 1.0, 0.0) - p)
+    if HAS_E:
+        grad -= e * p * tl.where(p == 0, 0.0, log_p + tl.load(entropy_in + n))
+    grad = tl.where(alive, grad * inv, 0.0)
+    tl.store(out + n * out_stride + cols, grad.to(out.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def row_mix_kernel(
+    out, rest, target, inverse, logp_in, entropy_in, a_in, e_in, vocab, stride, out_stride, inv_stride,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same gradient from D = onehot - p instead of logits: p = -D off the target, e^logp on it."""
+    n = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inv = tl.load(inverse + n * inv_stride)
+    hit = cols == tl.load(target + n)
+    a = tl.load(a_in + n)
+    e = tl.load(e_in + n)
+    alive = (a != 0) | (e != 0)
+    left = tl.load(rest + n * stride + cols, mask=cols < tl.where(alive, vocab, 0), other=0.0).to(ACC)
+    logp = tl.load(logp_in + n)
+    p = tl.where(hit, tl.exp(logp), -left)
+    log_p = tl.where(hit, logp, tl.log(tl.where(p > 0, p, 1.0)))
+    slope = p * tl.where(p == 0, 0.0, log_p + tl.load(entropy_in + n))
+    grad = tl.where(alive, (a * left - e * slope) * inv, 0.0)
+    tl.store(out + n * out_stride + cols, grad.to(out.dtype.element_ty), mask=cols < vocab)
+
+
+def launch_config(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+    """Block and warps of a row kernel. The dtype alone decides, so that a row's bits don't depend on the others."""
+    wide = {torch.float64: 2048, torch.float32: 4096}.get(dtype, 8192)
+    if kernel == "row_fused":
+        # 32 warps: one or two programs a multiprocessor, so that the rows in flight fit in L2, from which the second
+        # read comes.
+        return {"BLOCK": 2 * wide, "num_warps": 32}
+    return {"BLOCK": wide, "num_warps": 16 if kernel == "row_stats" else 8}
+
+
+def _acc(x: torch.Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def _options(kernel: str, x: torch.Tensor) -> dict[str, object]:
+    # Without fusion into fma the two routes to a gradient (from logits, from D) see the same bits.
+    return {**launch_config(kernel, x.dtype), "ACC": _acc(x), "enable_fp_fusion": False}
+
+
+def _step(inverse: torch.Tensor) -> int:
+    return 0 if inverse.numel() == 1 else 1
+
+
+def row_stats(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    inverse: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    want_p2: bool,
+) -> None:
+    """``outputs``: logp, entropy, lse [n] and sum_p2 ([n], or anything where it isn't wanted)."""
+    rows, vocab = logits.shape
+    row_stats_kernel[(rows,)](
+        logits, target, inverse, *outputs, vocab, logits.stride(0), _step(inverse),
+        WANT_P2=want_p2, **_options("row_stats", logits),
+    )  # fmt: skip
+
+
+def row_fused_(
+    logits: torch.Tensor, target: torch.Tensor, inverse: torch.Tensor, outputs: Sequence[torch.Tensor]
+) -> None:
+    """``outputs``: logp, entropy, lse [n]."""
+    rows, vocab = logits.shape
+    row_fused_kernel[(rows,)](
+        logits, target, inverse, *outputs, vocab, logits.stride(0), _step(inverse), **_options("row_fused", logits)
+    )
+
+
+def row_grad_(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    inverse: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    a: torch.Tensor,
+    e: Optional[torch.Tensor],
+) -> None:
+    """``e`` None: no gradient of the entropy."""
+    rows, vocab = logits.shape
+    options = _options("row_grad", logits)
+    row_grad_kernel[(rows, triton.cdiv(vocab, options["BLOCK"]))](
+        out, logits, target, inverse, lse, entropy, a, a if e is None else e,
+        vocab, logits.stride(0), out.stride(0), _step(inverse), HAS_E=e is not None, **options,
+    )  # fmt: skip
+
+
+def row_mix_(
+    out: torch.Tensor,
+    rest: torch.Tensor,
+    target: torch.Tensor,
+    inverse: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    a: torch.Tensor,
+    e: torch.Tensor,
+) -> None:
+    """``rest``: onehot - p [n, V] as ``row_fused_`` leaves it."""
+    rows, vocab = rest.shape
+    options = _options("row_mix", rest)
+    row_mix_kernel[(rows, triton.cdiv(vocab, options["BLOCK"]))](
+        out, rest, target, inverse, logp, entropy, a, e,
+        vocab, rest.stride(0), out.stride(0), _step(inverse), **options,
+    )  # fmt: skip

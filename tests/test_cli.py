@@ -275,3 +275,18 @@ def test_interrupt_is_75(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 75
     assert codes(error) == ["VRLT-S02"]
+
+
+def test_bench_is_a_front(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "no_such_case", "--check"]) == 2
+    assert "usage: python -m bench CASE" in capfd.readouterr().err
+    assert main(["bench", "--help"]) == 0
+    assert "kernels" in capfd.readouterr().out
+
+
+def test_bench_of_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vrlt_fast.cli.__file__", str(tmp_path / "site" / "vrlt_fast" / "cli.py"))
+    assert main(["bench", "claims"]) == 4
+    assert codes(capsys.readouterr().err) == ["VRLT-E03"]

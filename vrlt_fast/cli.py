@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -208,6 +209,16 @@ def _doctor(command: Command) -> int:
     return 4 if found.missing else 0
 
 
+def _bench(command: Command) -> int:
+    """``python -m bench`` of the source checkout that this package is part of; its exit code."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        what = f"there is no folder bench next to {root / 'vrlt_fast'}"
+        fix = "clone the repository, make check, then vrlt bench in it"
+        raise SetupError(Problem("VRLT-E03", what, why="benchmarks are part of the sources only", fix=fix))
+    return subprocess.run([sys.executable, "-m", "bench", *command.flags.words], cwd=root, check=False).returncode
+
+
 def _recipe_ls(_command: Command) -> int:
     from vrlt_fast.recipe import recipe_names, summary
 
@@ -250,6 +261,7 @@ _COMMANDS: dict[str, Callable[[Command], int]] = {
     "data check": _data_check,
     "report": _report,
     "doctor": _doctor,
+    "bench": _bench,
     "recipe ls": _recipe_ls,
     "recipe show": _recipe_show,
     "recipe cp": _recipe_cp,

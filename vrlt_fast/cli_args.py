@@ -85,11 +85,13 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "data check": ("check a file of samples", _data_check),
     "report": ("write RUN/report.html again", _report),
     "doctor": ("say what is installed and which paths are active", _doctor),
+    "bench": ("measure, or list what was measured; as python -m bench in the sources", _nothing),
     "recipe ls": ("list the recipes", _nothing),
     "recipe show": ("print a recipe", _name),
     "recipe cp": ("copy a recipe, to edit it", _name_out),
 }
 _WITH_OVERRIDES = ("train", "eval")
+_PASSED_ON = ("bench",)
 
 
 def usage() -> str:
@@ -107,6 +109,8 @@ def usage() -> str:
 def parse(argv: Sequence[str]) -> Command:
     """Split a command line (without "vrlt"). Raises ConfigError C01 (unknown word or flag) or C02 (bad value)."""
     verb, rest = _verb(list(argv))
+    if verb in _PASSED_ON:
+        return Command(verb, argparse.Namespace(words=rest))
     about, build = VERBS[verb]
     takes_overrides = verb in _WITH_OVERRIDES
     parser = _Parser(

@@ -48,6 +48,7 @@ CODES: dict[str, str] = {
     "VRLT-K03": "resume with another configuration or data set",
     "VRLT-E01": "optional package missing",
     "VRLT-E02": "device not available",
+    "VRLT-E03": "needs a source checkout",
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
 }

@@ -16,6 +16,7 @@ from ._checks import bad, describe, one_of
 Backend = Literal["triton", "native", "reference"]
 ENVIRONMENT = "VRLT_KERNELS_BACKEND"
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _log = logging.getLogger("vrlt_kernels")
 # Not a context variable: the backward pass of a GPU runs in another thread and must see the same choice.
@@ -90,9 +91,10 @@ def _obstacle(backend: Backend, tensor: torch.Tensor) -> str:
     if backend == "native":
         from . import _native
 
-        if not _native.available():
-            return _native.reason()
-        if tensor.dtype not in NATIVE_DTYPES:
+        missing = _native.obstacle(tensor.device)
+        if missing:
+            return missing
+        if tensor.dtype not in (CUDA_DTYPES if tensor.is_cuda else NATIVE_DTYPES):
             return f"the compiled operators take no {str(tensor.dtype).removeprefix('torch.')}"
     return ""
 

@@ -41,6 +41,17 @@ def reason() -> str:
     return _load()
 
 
+def obstacle(device: torch.device) -> str:
+    """Why the operators can't run on a device; empty where they can."""
+    if not available() or device.type == "cpu":
+        return reason()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("vrlt_native::row_fused_", device.type.upper()):
+        return f"the compiled operators were built without {device.type.upper()} (see docs/csrc.md)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "the compiled operators need compute capability 9.0 (Hopper)"
+    return ""
+
+
 def build(folder: Optional[str] = None) -> Path:
     """Compile csrc/ of a source checkout into ``folder`` (a cache folder of the user by default) and load the result.
 
@@ -152,4 +163,4 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"vrlt_native::{fake.__name__}", fake)
 
 
-__all__ = ["available", "build", "reason"]
+__all__ = ["available", "build", "obstacle", "reason"]

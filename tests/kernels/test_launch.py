@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vrlt_kernels import KernelInputError, _launch, group_advantages, report, use_backend
+from vrlt_kernels import KernelInputError, _launch, _native, group_advantages, report, use_backend
 from vrlt_kernels._checks import offsets, tensor, values_in_range
 
 REWARDS = torch.tensor([1.0, 2.0])
@@ -106,3 +106,9 @@ assert "triton" not in sys.modules
 def test_errors_name_the_argument(check, message):
     with pytest.raises(KernelInputError, match=f"^{message}"):
         check()
+
+
+@pytest.mark.skipif(not _native.available(), reason="the compiled operators aren't built")
+def test_a_device_that_the_compiled_operators_were_not_built_for():
+    with use_backend("native"), pytest.raises(KernelInputError, match="without META"):
+        _launch.choose("row_fused", torch.zeros(1, device="meta"))

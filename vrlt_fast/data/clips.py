@@ -199,7 +199,7 @@ def _draw_times(count: int, frames: int, rng: random.Random) -> list[tuple[float
     slots = frames // GRID
     times = []
     for _ in range(count):
-        length = rng.randint(2, 4)
+        length = rng.randint(2, 3)
         start = rng.randint(0, slots - length)
         times.append((float(start), float(start + length)))
     ordered = sorted(times)

@@ -125,20 +125,7 @@ def _chunk(
 
 
 @linear_grpo_fwd.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    target: torch.Tensor,
-    temperatures: Optional[torch.Tensor],
-    given: List[torch.Tensor],
-    *,
-    temperature: float,
-    words: str,
-    numbers: List[float],
-    budget_rows: int,
-    needs: List[bool],
-) -> Six:
+def _(hidden: torch.Tensor, weight: torch.Tensor, *_: Any, needs: List[bool], **__: Any) -> Six:
     def wide(*shape: int) -> torch.Tensor:
         return hidden.new_empty(shape, dtype=compute_dtype(hidden))
 

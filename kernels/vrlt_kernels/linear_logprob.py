@@ -95,14 +95,11 @@ def linear_logprob_fwd(
 def _(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    target: torch.Tensor,
-    temperatures: Optional[torch.Tensor],
-    *,
-    temperature: float,
+    *_: Any,
     want_sum_p2: bool,
     budget_rows: int,
     trained: int,
+    **__: Any,
 ) -> Five:
     rows = hidden.shape[0]
     logp, entropy, lse = (hidden.new_empty(rows, dtype=compute_dtype(hidden)) for _ in range(3))
@@ -172,21 +169,8 @@ def _pieces(live: Optional[torch.Tensor], start: int, stop: int, step: int) -> L
 
 
 @linear_logprob_bwd.register_fake
-def _(
-    rest: torch.Tensor,
-    head: List[Optional[torch.Tensor]],
-    target: torch.Tensor,
-    temperatures: Optional[torch.Tensor],
-    stats: List[torch.Tensor],
-    a: torch.Tensor,
-    e: Optional[torch.Tensor],
-    *,
-    temperature: float,
-    budget_rows: int,
-    trained: int,
-    needs: List[bool],
-) -> Three:
-    hidden, weight, _ = cast(Head, tuple(head))
+def _(rest: torch.Tensor, head: List[Optional[torch.Tensor]], *_: Any, needs: List[bool], **__: Any) -> Three:
+    hidden, weight, _bias = cast(Head, tuple(head))
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         hidden.new_empty(weight.shape if needs[1] else (0,)),

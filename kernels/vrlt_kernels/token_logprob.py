@@ -44,13 +44,7 @@ def token_logprob_fwd(
 
 @token_logprob_fwd.register_fake
 def _(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    temperatures: Optional[torch.Tensor],
-    *,
-    temperature: float,
-    want_sum_p2: bool,
-    inplace: bool,
+    logits: torch.Tensor, *_: Any, want_sum_p2: bool, **__: Any
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     logp, entropy, lse = (logits.new_empty(logits.shape[0], dtype=compute_dtype(logits)) for _ in range(3))
     return logp, entropy, lse, logp.new_empty(logits.shape[0] if want_sum_p2 else 0)
@@ -77,17 +71,7 @@ def token_logprob_bwd(
 
 
 @token_logprob_bwd.register_fake
-def _(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    temperatures: Optional[torch.Tensor],
-    lse: torch.Tensor,
-    entropy: torch.Tensor,
-    a: torch.Tensor,
-    e: Optional[torch.Tensor],
-    *,
-    temperature: float,
-) -> torch.Tensor:
+def _(logits: torch.Tensor, *_: Any, temperature: float) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 

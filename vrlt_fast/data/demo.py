@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -129,9 +130,11 @@ def _render_all(
         yield from map(render, clips)
         _sources.clear()
         return
+    # Not a Pool: one whose workers die (out of memory, a script on standard input) waits for them for ever.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(clips)), _start_worker, (footage,)) as pool:
-        yield from pool.imap_unordered(render, clips, chunksize=4)
+    workers = min(workers, len(clips))
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(footage,)) as pool:
+        yield from pool.map(render, clips, chunksize=4)
 
 
 _sources: dict[str, Frames] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,14 +31,14 @@ def _rows() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         x, one = _logits(dtype), torch.ones(8, dtype=torch.promote_types(dtype, torch.float32))
         given = (x, target, one[:1])
-        stats = {"lse": one, "entropy": one, "a": one}
+        stats: dict[str, Any] = {"lse": one, "entropy": one, "a": one}
         label = str(dtype).removeprefix("torch.")
-        yield label, lambda g=given: op.row_stats(*g, False)
-        yield f"{label}, sum p^2, T per row", lambda g=given, t=one: op.row_stats(*g[:2], t, True)
-        yield label, lambda g=given: op.row_fused_(*g)
-        yield label, lambda g=given, s=stats: op.row_grad_(g[0], *g, **s, e=None)
-        yield f"{label}, entropy", lambda g=given, s=stats: op.row_grad_(g[0], *g, **s, e=s["a"])
-        yield label, lambda g=given, t=one: op.row_mix_(g[0], *g, logp=t, entropy=t, a=t, e=t)
+        yield label, partial(op.row_stats, *given, False)
+        yield f"{label}, sum p^2, T per row", partial(op.row_stats, x, target, one, True)
+        yield label, partial(op.row_fused_, *given)
+        yield label, partial(op.row_grad_, x, *given, **stats, e=None)
+        yield f"{label}, entropy", partial(op.row_grad_, x, *given, **stats, e=one)
+        yield label, partial(op.row_mix_, x, *given, logp=one, entropy=one, a=one, e=one)
 
 
 def _token_weight() -> Iterator[Case]:
@@ -45,7 +47,7 @@ def _token_weight() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x, lse = _logits(dtype), torch.ones(8, dtype=torch.promote_types(dtype, torch.float32))
         label = str(dtype).removeprefix("torch.")
-        yield label, lambda x=x, lse=lse: token_weight(x, torch.arange(0, 9, 2), 4, lse=lse)
+        yield label, partial(token_weight, x, torch.arange(0, 9, 2), 4, lse=lse)
 
 
 def _advantages() -> Iterator[Case]:
@@ -55,10 +57,10 @@ def _advantages() -> Iterator[Case]:
         rewards = torch.zeros(64, dtype=dtype)
         label = str(dtype).removeprefix("torch.")
         for scale in SCALES:
-            options = {"scale": scale, "lengths": torch.ones(64, dtype=torch.int64) if scale == "opo" else None}
-            yield f"{label}, {scale}", lambda r=rewards, o=options: group_advantages(r, 8, **o)
+            lengths = torch.ones(64, dtype=torch.int64) if scale == "opo" else None
+            yield f"{label}, {scale}", partial(group_advantages, rewards, 8, scale=scale, lengths=lengths)
         offsets = torch.arange(0, 65, 8)
-        yield f"{label}, raw, offsets", lambda r=rewards, o=offsets: group_advantages(r, o, singleton="raw")
+        yield f"{label}, raw, offsets", partial(group_advantages, rewards, offsets, singleton="raw")
 
 
 def _policies() -> Iterator[Case]:
@@ -73,14 +75,14 @@ def _policies() -> Iterator[Case]:
     corrections = ("tis", "mis", "reject")
     for i, policy in enumerate(POLICIES):
         spec = LossSpec(policy=policy)
-        yield policy, lambda s=spec: policy_coef(logp, cu, s, advantages=rewards, old_logp=logp, groups=4)
+        yield policy, partial(policy_coef, logp, cu, spec, advantages=rewards, old_logp=logp, groups=4)
         full = LossSpec(
             policy=policy, kl=KLS[1 + i % 6], kl_weight=KL_WEIGHTS[i % 3], beta=0.1, gate_delta=0.1, entropy_coef=0.1,
             correction=corrections[i % 3], correction_level=CORRECTION_LEVELS[i // 3 % 3],
         )  # fmt: skip
-        given = {"rewards": rewards, "groups": 4, "adv_scale": SCALES[i % 4]} if policy != "reg" else {"groups": 4}
-        given |= {"advantages": rewards} if policy == "reg" else {}
-        yield f"{policy}, all", lambda s=full, g=given: policy_coef(logp, cu, s, **g, **extras)
+        given: dict[str, Any] = {"groups": 4, **extras}
+        given |= {"advantages": rewards} if policy == "reg" else {"rewards": rewards, "adv_scale": SCALES[i % 4]}
+        yield f"{policy}, all", partial(policy_coef, logp, cu, full, **given)
     double, spec = logp.double(), LossSpec(policy="gspo", kl="k3", beta=0.1, kl_weight="sequence")
-    per_token = {"advantages": double, "old_logp": double, "ref_logp": double}
-    yield "gspo, float64", lambda: policy_coef(double, cu, spec, **per_token)
+    per_token: dict[str, Any] = {"advantages": double, "old_logp": double, "ref_logp": double}
+    yield "gspo, float64", partial(policy_coef, double, cu, spec, **per_token)

@@ -94,16 +94,21 @@ __global__ __launch_bounds__(THREADS) void row_gradient_kernel(const void* logit
   auto* to = static_cast<typename S::Raw*>(gradient.out) + index * gradient.out_stride;
   const GradientRow<float> row = gradient_row<BinaryMath>(a, e, entropy, inverse);
   const int target = target_column(rows, index);
+  const Row<S> in(const_cast<typename S::Raw*>(from), rows.width), out(to, rows.width);
+  float reference = 0.0f, log_sum = lse;
+  if (!dead && is_coarse(lse)) {
+    const RowResult<float> own = result_of_cta(in, inverse);
+    if (restores<float>(own.lse, lse)) reference = own.reference, log_sum = own.log_sum * BinaryMath::unit;
+  }
   const auto element = [&](int column, float x) {
     if (dead) return 0.0f;
-    const float log_p = clamp_low(fmaf(x, inverse, -lse) * LOG2E, BinaryMath::lowest);
+    const float log_p = clamp_low(fmaf(x - reference, inverse, -log_sum) * LOG2E, BinaryMath::lowest);
     if (column == target) return target_gradient<BinaryMath>(log_p, a, e, entropy, inverse);
     return BinaryMath::exp(log_p) * (row.constant + row.slope * log_p);
   };
   const auto at = [&](int column) {
     to[column] = S::narrow(element(column, dead ? 0.0f : S::widen(from[column])));
   };
-  const Row<S> in(const_cast<typename S::Raw*>(from), rows.width), out(to, rows.width);
   if (in.shape.head != out.shape.head) {  // rows that start at different places of a 16-byte vector
     for (int column = thread(); column < rows.width; column += THREADS) at(column);
     return;

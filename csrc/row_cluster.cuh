@@ -237,6 +237,36 @@ struct Tile {
   }
 };
 
+// Calls f with every element of a row that is this thread's where one CTA takes the row.
+template <typename S, typename F>
+__device__ __forceinline__ void for_each(const Row<S>& row, const F& f) {
+  if (thread() < row.shape.edges()) f(S::widen(row.base[row.shape.edge_column(thread(), S::elements)]));
+  for (int k = thread(); k < row.shape.vectors; k += THREADS) {
+    float x[S::elements];
+    S::unpack(__ldcg(row.vector(k)), x);
+#pragma unroll
+    for (int j = 0; j < S::elements; ++j) f(x[j]);
+  }
+}
+
+// The row that one CTA reads, twice; all its threads call this, get the same bits and have then read their elements.
+template <typename S>
+__device__ RowResult<float> result_of_cta(const Row<S>& row, float inverse) {
+  __shared__ Partial<float> parts[WARPS];
+  const float scale = inverse * LOG2E;
+  float max = negative_infinity<float>();
+  for_each(row, [&](float x) { max = fmaxf(max, x); });
+  Partial<float> part = empty_partial<float>();
+  part.max = warp_max(max);
+  const float reference = reference_point(part.max);
+  for_each(row, [&](float x) { add_element<BinaryMath, false>(part, x, reference, scale); });
+  part.sum = warp_sum(part.sum);
+  if (thread() % 32 == 0) parts[thread() / 32] = part;
+  __syncthreads();
+  part = merge_lanes(parts[thread() % WARPS], WARPS, scale);
+  return finish<BinaryMath>(part, part.max, scale, inverse);
+}
+
 struct Shared {
   Partial<float> warp[WARPS], cta[CLUSTER];
   float warp_target[WARPS], cta_target[CLUSTER];

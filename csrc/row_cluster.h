@@ -34,7 +34,8 @@ struct Gradient {
 const char* launch_row_cluster(
     void* logits, const Rows& rows, const Results& results, bool replace, cudaStream_t stream);
 
-// Reads each logit once and writes its gradient once, from the row's log-sum-exp. Any device.
+// Reads each logit once and writes its gradient once, from the row's log-sum-exp. Where that has lost digits to
+// rounding, two more reads of the row restore them. Any device.
 const char* launch_row_gradient(const void* logits, const Rows& rows, const Gradient& gradient, cudaStream_t stream);
 
 }  // namespace vrlt_cuda

@@ -199,6 +199,22 @@ VRLT_HD RowResult<T> finish(Partial<T> p, T x_target, T scale, T inverse) {
   };
 }
 
+// A log-sum-exp of this size has lost, by rounding to the result's type, digits that every probability would miss.
+constexpr double COARSE_LSE = 64.0;
+
+template <typename T>
+VRLT_HD bool is_coarse(T lse) {
+  return std::fabs(lse) >= T(COARSE_LSE);
+}
+
+// Whether a log-sum-exp that was rounded to the type Stored is the row's own, so that the row can restore its digits: a
+// caller's sum may go over more than this row (a vocabulary in shards).
+template <typename Stored, typename T>
+VRLT_HD bool restores(T of_row, T stored) {
+  constexpr T rounding = sizeof(Stored) == 4 ? T(0x1p-22) : T(0x1p-50);
+  return std::fabs(of_row - stored) <= std::fabs(stored) * rounding || std::isinf(stored);
+}
+
 // log p of an element in the units of Math, bounded below so that p * log p is 0 where p is 0.
 template <typename Math, typename T>
 VRLT_HD T log_prob(T x, T reference, T log_sum, T scale) {

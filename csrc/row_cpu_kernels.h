@@ -273,9 +273,6 @@ static Stats fused(void* logits, int64_t width, int64_t target, double inverse) 
   return {r.logp, r.entropy, r.lse, r.sum_p2};
 }
 
-// A log-sum-exp of this size has lost, by rounding to the result's type, digits that every probability would miss.
-constexpr double COARSE_LSE = 64.0;
-
 template <typename S>
 static void gradient(
     void* out, const void* logits, int64_t width, int64_t target, double inverse, const Coefficients& c) {
@@ -286,11 +283,9 @@ static void gradient(
     return;
   }
   double reference = 0.0, log_sum = c.lse;
-  if (std::fabs(c.lse) >= COARSE_LSE) {
-    constexpr double rounding = sizeof(typename S::T) == 4 ? 0x1p-22 : 0x1p-50;
-    // Restore them from the row, unless the caller's sum goes over more than this row (a vocabulary in shards).
+  if (is_coarse(c.lse)) {
     const auto r = row_result<S>(x, width, target, inverse, false);
-    if (std::fabs(r.lse - c.lse) <= std::fabs(c.lse) * rounding || std::isinf(c.lse)) {
+    if (restores<typename S::T>(r.lse, c.lse)) {
       reference = r.reference;
       log_sum = r.log_sum;
     }

@@ -8,6 +8,8 @@ z = logits * inv_temperature, p = softmax(z), N rows, V columns; logits [N, V], 
 Rows must be contiguous, with any stride between them. Logits are fp32, fp64 or bf16 on the CPU; where the library was
 built for CUDA, fp32, fp16 or bf16 on devices of compute capability 9.0 and later. Results are fp32, for fp64 logits
 fp64. A row of -inf only has logp = lse = -inf, entropy 0, gradient 0; a = e = 0 gives zeros whatever the logits hold.
+Where lse is so large that rounding took digits from it, row_grad_ restores them from the row, if it is the row's own:
+lse may be of more than the row (a vocabulary in shards).
 Wrong arguments raise RuntimeError. A target outside the vocabulary raises on the CPU; on CUDA, where the check would
 have to wait for the device, its logp is NaN.
 """

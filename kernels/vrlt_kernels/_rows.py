@@ -15,6 +15,8 @@ from ._checks import bad, compute_dtype, describe, tensor
 from ._launch import choose, hyper
 
 Stats = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+COARSE_LSE = 64.0
+"""A log-sum-exp of this size has lost, by rounding, digits that every probability would miss. As in csrc/row_core.h."""
 _BLOCK = 2**21  # elements the reference backend works on at a time: 8 MB in fp32
 
 
@@ -148,6 +150,11 @@ def row_mix_(
         out[rows] = grad.masked_fill_(dead[:, None], 0.0).to(out.dtype)
 
 
+def lse_rounding(dtype: torch.dtype) -> float:
+    """How far, relatively, a row's log-sum-exp may be from one that was stored in ``dtype`` and still be the same."""
+    return 2.0**-50 if dtype == torch.float64 else 2.0**-22
+
+
 def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
     rows, vocab = logits.shape
     step = max(1, _BLOCK // vocab)
@@ -159,32 +166,52 @@ def _goal(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return target.long().clamp(0, logits.shape[1] - 1)
 
 
+def _fold(x: torch.Tensor, every: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """max m of the rows of x (0 where that is -inf), and (x - m) / T: inv x and inv m would each be rounded."""
+    top = x.amax(1)
+    base = torch.where(top == -torch.inf, 0.0, top)
+    return base, (x - base[:, None]).mul_(every[:, None])
+
+
+def _total(power: torch.Tensor) -> torch.Tensor:
+    # PyTorch sums a single long row in parallel pieces: as one of two it is summed as every other row is.
+    return power.sum(1) if len(power) != 1 else power.expand(2, -1).contiguous().sum(1)[:1]
+
+
 def _stats_reference(logits: torch.Tensor, target: torch.Tensor, inverse: torch.Tensor, want_p2: bool) -> Stats:
     logp, entropy, lse = _outputs(logits, 3)
     sum_p2 = torch.empty_like(logp) if want_p2 else logp.new_empty(0)
     every = inverse.expand(len(logits))
     for rows in _row_blocks(logits):
-        z = logits[rows].to(lse.dtype) * every[rows][:, None]
-        if len(z) == 1:
-            # PyTorch sums a single long row in parallel pieces: as one of two it is summed as every other row is.
-            z = z.repeat(2, 1)
+        x, scale = logits[rows].to(lse.dtype), every[rows]
         goal = _goal(target[rows], logits)
-        taken = z.gather(1, goal[:, None].expand(len(z), 1))[:, 0].where(goal == target[rows], torch.nan)
-        top = z.amax(1)
-        base = torch.where(top == -torch.inf, 0.0, top)
-        gap = z.sub_(base[:, None])
+        taken = x.gather(1, goal[:, None])[:, 0].where(goal == target[rows], torch.nan)
+        base, gap = _fold(x, scale)
         power = gap.exp()
-        total = power.sum(1)
+        total = _total(power)
         empty = total == 0
         size = torch.where(empty, 1.0, total).log()
-        moment = torch.where(power > 0, gap.mul_(power), 0.0).sum(1)
-        stop = min(rows.stop, len(logits)) - rows.start
-        logp[rows] = torch.where(empty, -torch.inf, taken - base - size)[:stop]
-        entropy[rows] = torch.where(empty, 0.0, size - moment / total)[:stop]
-        lse[rows] = torch.where(empty, -torch.inf, base + size)[:stop]
+        moment = _total(torch.where(power > 0, gap.mul_(power), 0.0))
+        logp[rows] = torch.where(empty, -torch.inf, (taken - base) * scale - size)
+        entropy[rows] = torch.where(empty, 0.0, size - moment / total)
+        lse[rows] = torch.where(empty, -torch.inf, base * scale + size)
         if want_p2:
-            sum_p2[rows] = torch.where(empty, 0.0, power.square_().sum(1) / total.square())[:stop]
+            sum_p2[rows] = torch.where(empty, 0.0, _total(power.square_()) / total.square())
     return logp, entropy, lse, sum_p2
+
+
+def _restore(x: torch.Tensor, every: torch.Tensor, lse: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """base and size [n] with log p = (x - base) / T - size: 0 and lse, or where that is coarse what the row gives,
+    unless lse is of more than this row.
+    """
+    coarse = lse.abs() >= COARSE_LSE
+    if lse.device.type == "cpu" and not bool(coarse.any()):
+        return torch.zeros_like(lse), lse
+    base, gap = _fold(x, every)
+    size = _total(gap.exp_()).log()
+    near = (base * every + size - lse).abs() <= lse.abs() * lse_rounding(lse.dtype)
+    restored = coarse & (near | (lse == torch.inf))
+    return torch.where(restored, base, 0.0), torch.where(restored, size, lse)
 
 
 def _grad_reference_(
@@ -201,18 +228,20 @@ def _grad_reference_(
 ) -> None:
     every = inverse.expand(len(logits))
     for rows in _row_blocks(logits):
-        log_p = (logits[rows].to(lse.dtype) * every[rows][:, None]).sub_(lse[rows][:, None])
+        x, scale = logits[rows].to(lse.dtype), every[rows]
+        base, size = _restore(x, scale, lse[rows])
+        log_p = (x - base[:, None]).mul_(scale[:, None]).sub_(size[:, None])
         p = log_p.exp()
         if e is not None:
             slope = torch.where(p == 0, 0.0, log_p.add_(entropy[rows][:, None]).mul_(p)).mul_(e[rows][:, None])
-        grad = p.neg_().scatter_add_(1, _goal(target[rows], logits)[:, None], torch.ones_like(lse[rows])[:, None])
+        grad = p.neg_().scatter_add_(1, _goal(target[rows], logits)[:, None], torch.ones_like(size)[:, None])
         grad = grad.mul_(a[rows][:, None])
         dead = (a[rows] == 0) | (lse[rows] == -torch.inf)
         if e is not None:
             grad -= slope
             dead &= (e[rows] == 0) | (lse[rows] == -torch.inf)
         if scaled:
-            grad *= every[rows][:, None]
+            grad *= scale[:, None]
         out[rows] = grad.masked_fill_(dead[:, None], 0.0).to(out.dtype)
 
 

@@ -3,7 +3,8 @@
 Every kernel takes row strides, so that rows may be slices of something wider, and works in ACC (fp32, or fp64 for fp64
 logits). A row belongs to one program (or, elementwise, to several), so its result never depends on its neighbours. How
 many rows there are is the grid and no argument: a new length compiles nothing. Vocabulary and row strides stay
-specialised, because the width of a memory access follows from what they are divisible by.
+specialised, because the width of a memory access follows from what they are divisible by, as do the addresses of [n, V]
+(of rows that aren't a multiple of 16 bytes, a slice may start on such a multiple or not: two compilations at most).
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -15,25 +16,37 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import COARSE_LSE, lse_rounding
+
 _RUNTIME = ["inv_stride"]
+# What is [n] may be a slice that starts anywhere, and is read and written one element at a time.
+_PER_ROW = [
+    "target", "inverse", "lse_in", "entropy_in", "logp_in", "a_in", "e_in", "base_in", "size_in",
+    "logp_out", "entropy_out", "lse_out", "p2_out", "base_out", "size_out",
+]  # fmt: skip
+_COARSE = tl.constexpr(COARSE_LSE)
 
 
 @triton.jit
 def _fold(row, inv, vocab, WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """max m of z = inv x; sums of e^(z-m), of e^(z-m) (z-m) and of e^2(z-m). One read of the row."""
+    """max m of x; with d = inv (x - m) the sums of e^d, of e^d d and of e^2d. One read of the row.
+
+    The difference is taken before it is scaled: inv x and inv m would each be rounded.
+    """
     top = tl.full((), float("-inf"), ACC)
     total = tl.full((), 0.0, ACC)
     moment = tl.full((), 0.0, ACC)
     squares = tl.full((), 0.0, ACC)
     for start in range(0, vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC) * inv
-        higher = tl.maximum(top, tl.max(z, 0))
+        x = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC)
+        higher = tl.maximum(top, tl.max(x, 0))
         # While all logits are -inf, 0 stands in for the maximum: -inf - -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shift = tl.where(top == float("-inf"), 0.0, top - base)
+        # Bounded, so that 0 * shift is 0: the largest logits are further apart than a float can say.
+        shift = tl.where(top == float("-inf"), 0.0, tl.maximum((top - base) * inv, -1000.0))
         rescale = tl.exp(shift)
-        gap = z - base
+        gap = (x - base) * inv
         power = tl.exp(gap)
         moment = rescale * (moment + shift * total) + tl.sum(power * tl.where(power > 0, gap, 0.0), 0)
         total = rescale * total + tl.sum(power, 0)
@@ -49,13 +62,13 @@ def _finish(top, total, moment, x_target, inside, inv):
     empty = total == 0
     base = tl.where(empty, 0.0, top)
     size = tl.log(tl.where(empty, 1.0, total))
-    logp = tl.where(empty, float("-inf"), x_target * inv - base - size)
+    logp = tl.where(empty, float("-inf"), (x_target - base) * inv - size)
     logp = tl.where(inside, logp, float("nan"))
     entropy = tl.where(empty, 0.0, size - moment / tl.where(empty, 1.0, total))
-    return logp, entropy, tl.where(empty, float("-inf"), base + size)
+    return logp, entropy, tl.where(empty, float("-inf"), base * inv + size)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
 def row_stats_kernel(
     logits, target, inverse, logp_out, entropy_out, lse_out, p2_out, vocab, stride, inv_stride,
     WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +89,7 @@ def row_stats_kernel(
         tl.store(p2_out + n, tl.where(total == 0, 0.0, squares / tl.where(total == 0, 1.0, total * total)))
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
 def row_fused_kernel(
     logits, target, inverse, logp_out, entropy_out, lse_out, vocab, stride, inv_stride,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,19 +107,49 @@ def row_fused_kernel(
     tl.store(entropy_out + n, entropy)
     tl.store(lse_out + n, lse)
     empty = total == 0
+    base = tl.where(empty, 0.0, top)
+    size = tl.log(tl.where(empty, 1.0, total))
     blocks = tl.cdiv(vocab, BLOCK)
     # The target logit was read before anything was written; here every thread reads only what it writes itself.
     for step in range(0, blocks):
         cols = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC) * inv
-        p = tl.exp(z - tl.where(empty, 0.0, lse))
+        x = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC)
+        p = tl.exp((x - base) * inv - size)
         left = tl.where(empty, 0.0, tl.where(cols == goal, 1.0, 0.0) - p)
         tl.store(row + cols, left.to(logits.dtype.element_ty), mask=cols < vocab)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
+def row_restore_kernel(
+    logits, inverse, lse_in, a_in, e_in, base_out, size_out, vocab, stride, inv_stride,
+    HAS_E: tl.constexpr, ROUNDING: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row: base and size with log p = inv (x - base) - size.
+
+    0 and lse where lse is small enough to be exact, and the row is not read. Else the digits that rounding took from
+    lse are restored from the row: its maximum and the log of its sum, unless lse is of more than this row.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    inv = tl.load(inverse + n * inv_stride)
+    lse = tl.load(lse_in + n)
+    alive = tl.load(a_in + n) != 0
+    if HAS_E:
+        alive = alive | (tl.load(e_in + n) != 0)
+    base = tl.full((), 0.0, ACC)
+    size = lse
+    if alive & (tl.abs(lse) >= _COARSE) & (lse != float("-inf")):
+        top, total, _, _ = _fold(logits + n * stride, inv, vocab, False, ACC, BLOCK)
+        of_row = tl.log(total)
+        restored = (tl.abs(top * inv + of_row - lse) <= tl.abs(lse) * ROUNDING) | (lse == float("inf"))
+        base = tl.where(restored, top, 0.0)
+        size = tl.where(restored, of_row, lse)
+    tl.store(base_out + n, base)
+    tl.store(size_out + n, size)
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
 def row_grad_kernel(
-    out, logits, target, inverse, lse_in, entropy_in, a_in, e_in, vocab, stride, out_stride, inv_stride,
+    out, logits, target, inverse, base_in, size_in, entropy_in, a_in, e_in, vocab, stride, out_stride, inv_stride,
     HAS_E: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a row and block: inv (a (onehot - p) - e p (log p + H)); exact zeros, and no read, where a = e = 0."""
@@ -114,15 +157,16 @@ def row_grad_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inv = tl.load(inverse + n * inv_stride)
     goal = tl.load(target + n)
-    lse = tl.load(lse_in + n)
+    base = tl.load(base_in + n)
+    size = tl.load(size_in + n)
     a = tl.load(a_in + n)
     alive = a != 0
     if HAS_E:
         e = tl.load(e_in + n)
         alive = alive | (e != 0)
-    alive = alive & (lse != float("-inf"))
+    alive = alive & (size != float("-inf"))
     x = tl.load(logits + n * stride + cols, mask=cols < tl.where(alive, vocab, 0), other=float("-inf")).to(ACC)
-    log_p = x * inv - tl.where(alive, lse, 0.0)
+    log_p = (x - base) * inv - tl.where(alive, size, 0.0)
     p = tl.exp(log_p)
     grad = a * (tl.where(cols == goal, 1.0, 0.0) - p)
     if HAS_E:
@@ -131,7 +175,7 @@ def row_grad_kernel(
     tl.store(out + n * out_stride + cols, grad.to(out.dtype.element_ty), mask=cols < vocab)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
 def row_mix_kernel(
     out, rest, target, inverse, logp_in, entropy_in, a_in, e_in, vocab, stride, out_stride, inv_stride,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -160,7 +204,7 @@ def launch_config(kernel: str, dtype: torch.dtype) -> dict[str, int]:
         # 32 warps: one or two programs a multiprocessor, so that the rows in flight fit in L2, from which the second
         # read comes.
         return {"BLOCK": 2 * wide, "num_warps": 32}
-    return {"BLOCK": wide, "num_warps": 16 if kernel == "row_stats" else 8}
+    return {"BLOCK": wide, "num_warps": 16 if kernel in ("row_stats", "row_restore") else 8}
 
 
 def _acc(x: torch.Tensor) -> tl.dtype:
@@ -168,7 +212,7 @@ def _acc(x: torch.Tensor) -> tl.dtype:
 
 
 def _options(kernel: str, x: torch.Tensor) -> dict[str, object]:
-    # Without fusion into fma the two routes to a gradient (from logits, from D) see the same bits.
+    # Without fusion into fma every kernel rounds (x - base) inv alike.
     return {**launch_config(kernel, x.dtype), "ACC": _acc(x), "enable_fp_fusion": False}
 
 
@@ -214,9 +258,15 @@ def row_grad_(
 ) -> None:
     """``e`` None: no gradient of the entropy."""
     rows, vocab = logits.shape
+    # Before anything is written: ``out`` may be the logits.
+    base, size = torch.empty((2, rows), dtype=lse.dtype, device=lse.device)
+    row_restore_kernel[(rows,)](
+        logits, inverse, lse, a, a if e is None else e, base, size, vocab, logits.stride(0), _step(inverse),
+        HAS_E=e is not None, ROUNDING=lse_rounding(lse.dtype), **_options("row_restore", logits),
+    )  # fmt: skip
     options = _options("row_grad", logits)
     row_grad_kernel[(rows, triton.cdiv(vocab, options["BLOCK"]))](
-        out, logits, target, inverse, lse, entropy, a, a if e is None else e,
+        out, logits, target, inverse, base, size, entropy, a, a if e is None else e,
         vocab, logits.stride(0), out.stride(0), _step(inverse), HAS_E=e is not None, **options,
     )  # fmt: skip
 

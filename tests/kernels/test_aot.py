@@ -19,6 +19,27 @@ import json, torch
 import vrlt_kernels as vk
 from bench.aot import recording
 
+# Nothing runs, and what is allocated is NaN: no row is left out because its gradient happens to be 0.
+torch.use_deterministic_algorithms(True)
+
+def linear(n):
+    rows = 4 * n
+    cu = torch.tensor([0, n // 2, 2 * n, rows - 1, rows])
+    hidden, weight = (torch.zeros(size, 8, dtype=torch.bfloat16, requires_grad=True) for size in (rows, 1000))
+    target, live = torch.zeros(rows, dtype=torch.int64), torch.arange(rows) < n + 1
+    spec = vk.LossSpec(clip_low=0.01 * n, clip_high=0.02 * n, entropy_coef=0.1 * n)
+    given = {"advantages": torch.ones(rows), "old_logp": torch.zeros(rows), "mask": torch.arange(rows) != 1}
+    for budget in (2.5e9, (n + 1) * 2000):
+        for temperature in (torch.full((rows,), 0.1 * n), 0.1 * n):
+            head = (hidden, weight, target, temperature)
+            for options in ({"live": live}, {"want_sum_p2": True}):
+                out = vk.linear_logprob(*head, budget_bytes=budget, **options)
+                (out.logp + out.entropy).sum().backward()
+            vk.linear_logprob(*head, budget_bytes=budget).logp.sum().backward()
+            options = {"temperature": temperature, "budget_bytes": budget}
+            vk.linear_grpo_loss(hidden, weight, target, cu, spec, **options, **given).loss.backward()
+            vk.linear_token_weight(hidden, weight, cu, (2, 4)[n % 2], **options)
+
 def everything(n):
     cu = torch.tensor([0, n // 2, 2 * n, 4 * n - 1, 4 * n])
     logits = torch.zeros(4 * n, 1000, dtype=torch.bfloat16, requires_grad=True)
@@ -31,6 +52,8 @@ def everything(n):
     given |= {"rewards": rewards, "groups": (2, 4)[n % 2], "adv_eps": 0.1 * n}
     vk.policy_loss(out.logp, cu, spec, entropy=out.entropy, **given).loss.backward()
     vk.grpo_loss(logits, target, cu, spec, temperature=0.1 * n, **given).loss.backward()
+    if n < 15:
+        linear(n)
 
 with recording() as recorder:
     everything(2)

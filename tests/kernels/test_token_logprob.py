@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vrlt_kernels import KernelInputError, _native, token_logprob, token_logprob_ref, use_backend
+from vrlt_kernels._rows import inverse_of, row_fused_, row_grad_
 from vrlt_kernels.token_logprob import token_logprob_bwd, token_logprob_bwd_, token_logprob_fwd
 
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -162,6 +163,51 @@ def test_infinite_logits(backend, poisoned, generator):
     assert bool(torch.isfinite(gradient).all())
     assert [x[3].item() for x in (logp, entropy, sum_p2)] == [-math.inf, 0.0, 0.0]
     assert not gradient[3].any()
+
+
+@pytest.mark.parametrize(
+    ("offset", "spread", "temperature"),
+    [(50.0, 10.0, 0.1), (0.0, 3.0, 0.01), (1e3, 3.0, 1.0), (1e4, 3.0, 0.7), (-1e4, 3.0, 1.3)],
+)
+def test_a_large_logsumexp_costs_no_digits(backend, poisoned, generator, offset, spread, temperature):
+    """The gradient from logits and the one left in their place; rows of an ordinary log-sum-exp are among them."""
+    logits, target = draw(generator, 6, 700, scale=spread)
+    logits[:4] += offset
+    a, e = torch.rand(2, 6, generator=generator)
+    truth = run(token_logprob_ref, logits.double(), target, temperature, a, e)
+    ours = run(token_logprob, logits, target, temperature, a, e)
+    for got, exact in zip(ours[:3], truth, strict=False):
+        assert (got.double() - exact).abs().max() <= 2e-6 * (1 + exact.abs().max())
+    assert (ours[3].double() - truth[3]).abs().max() <= 5e-6 / temperature
+    assert torch.equal(ours[3], run(token_logprob, logits, target, temperature, a, e, inplace=True)[3])
+    alone = run(token_logprob, logits[1:2], target[1:2], temperature, a[1:2], e[1:2])
+    assert torch.equal(ours[3][1:2], alone[3])
+    p = (logits.double() / temperature).softmax(1)
+    row_fused_(logits, target, inverse_of(temperature, None, logits))
+    left = torch.nn.functional.one_hot(target, 700) - p
+    assert (logits.double() - left).abs().max() <= 5e-6
+
+
+def test_largest_logits(backend, poisoned, generator):
+    """Their difference, and what a temperature makes of them, is beyond fp32."""
+    logits, target = draw(generator, 2, 6000)
+    logits[0, 5], logits[0, 5900], logits[1, 6] = -3e38, 3e38, -3e38
+    target[0] = 5900
+    a, e = torch.ones(2, 2)
+    truth = run(token_logprob_ref, logits.double(), target, 0.7, a, e)
+    for got, exact in zip(run(token_logprob, logits, target, 0.7, a, e), truth, strict=True):
+        torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_of_the_vocabulary_with_the_logsumexp_of_all(backend, generator):
+    logits, target = draw(generator, 3, 600)
+    logits[:2] += 200.0
+    lse = logits.logsumexp(1)
+    out, ones = torch.empty(3, 250), torch.ones(3)
+    row_grad_(out, logits[:, :250], target.clamp(max=249), ones[:1], lse, ones, a=-ones, e=None)
+    p = (logits - lse[:, None])[:, :250].exp()
+    p[torch.arange(3), target.clamp(max=249)] -= 1.0
+    torch.testing.assert_close(out, p, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_without_gradient_get_zeros_even_from_nan(backend, poisoned, generator):

@@ -9,7 +9,7 @@ Products over several chunks, and in half precision on the CPU all of them, add 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import List, Optional, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -22,16 +22,24 @@ HALF = (torch.float16, torch.bfloat16)
 _COPIED = 2**21  # elements of a chunk's gradient, or of the weight, that are copied at a time: 8 MB in fp32
 
 
-def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], target: torch.Tensor) -> None:
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    target: Optional[torch.Tensor] = None,
+) -> None:
     """hidden [N, K], weight [V >= 1, K], bias [V] or None of one dtype (autocast aside) and device, target int [N]."""
     tensor("hidden", hidden, shape=[None, None], dtypes=FLOATS)
-    same = FLOATS if torch.is_autocast_enabled(hidden.device.type) else [hidden.dtype]
+    same: Sequence[torch.dtype] = [hidden.dtype]
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        same = [x for x in FLOATS if x != torch.float64]  # fp64 isn't cast, as in a linear layer
     tensor("weight", weight, shape=[None, hidden.shape[1]], dtypes=same, like=hidden)
     if weight.shape[0] == 0:
         raise bad("weight", describe(weight), "at least one row")
     if bias is not None:
         tensor("bias", bias, shape=[weight.shape[0]], dtypes=same, like=hidden)
-    tensor("target", target, shape=[hidden.shape[0]], dtypes=INTEGERS, like=hidden)
+    if target is not None:
+        tensor("target", target, shape=[hidden.shape[0]], dtypes=INTEGERS, like=hidden)
 
 
 def autocast(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> Head:
@@ -48,11 +56,11 @@ def as_given(x: torch.Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def rows_within(budget_bytes: float, hidden: torch.Tensor, weight: torch.Tensor) -> int:
-    """How many rows of logits fit in a budget, at least 1."""
+def rows_within(budget_bytes: float, weight: torch.Tensor, element: int) -> int:
+    """How many rows of logits, ``element`` bytes each, fit in a budget; at least 1."""
     if not isinstance(budget_bytes, (int, float)) or not budget_bytes > 0:
         raise bad("budget_bytes", describe(budget_bytes) if budget_bytes is None else budget_bytes, "a number above 0")
-    return max(1, int(min(budget_bytes, 2**62)) // max(1, weight.shape[0] * hidden.element_size()))
+    return max(1, int(min(budget_bytes, 2**62)) // (weight.shape[0] * element))
 
 
 def partition(rows: int, budget_rows: int) -> Tuple[int, int]:
@@ -72,8 +80,17 @@ def chunks(start: int, stop: int, step: int) -> List[slice]:
 
 
 def project_(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> None:
-    """out [n, V] = H W^T + b."""
-    if bias is None:
+    """out [n, V] = H W^T + b; fp32 from bf16 and fp16 operands rounds nothing in between."""
+    if out.dtype != hidden.dtype:
+        if out.device.type != "cpu":
+            torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            states = hidden.to(out.dtype)
+            for columns in chunks(0, weight.shape[0], max(1, _COPIED // max(1, weight.shape[1]))):
+                out[:, columns] = states @ weight[columns].to(out.dtype).t()
+        if bias is not None:
+            out += bias
+    elif bias is None:
         torch.mm(hidden, weight.t(), out=out)
     else:
         torch.addmm(bias, hidden, weight.t(), out=out)
@@ -82,7 +99,7 @@ def project_(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias
 def power_of_two(*coefficients: Optional[torch.Tensor]) -> torch.Tensor:
     """2^k [] that brings the largest coefficient to about 1; on the device, without waiting for it."""
     given = [c.abs().amax() for c in coefficients if c is not None and c.numel()]
-    largest = torch.stack(given).amax() if given else torch.ones(())
+    largest = torch.stack(given).amax() if given else torch.ones((), device="cpu")
     exponent = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0).log2().floor()
     return torch.exp2(-exponent.clamp(-100, 100))
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Dict, Iterator, List, Literal, Optional, Sequence, Tuple, cast, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 from ._checks import bad, describe, one_of
 
@@ -111,7 +112,8 @@ def _say(op: str, backend: Backend, why: str) -> Backend:
 
 @lru_cache(maxsize=512)
 def _hyper(values: Tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # kept for later calls, which may need it in their backward pass
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def hyper(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -131,6 +133,14 @@ def scalar(value: float, dtype: torch.dtype, device: Optional[torch.device] = No
     return torch.full((), value, dtype=dtype, device=device or "cpu")
 
 
+def no_forward_mode(name: str, *tensors: Optional[torch.Tensor]) -> None:
+    """Refuse tensors that carry a tangent: an operator without a forward derivative drops it in silence."""
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(f"{name} has no forward-mode derivative; backward() and torch.autograd.grad() work")
+
+
 def no_double_backward(op: Any, name: str) -> None:
     """Make a backward operator refuse to be differentiated, instead of returning zeros in silence."""
 
@@ -148,6 +158,7 @@ __all__ = [
     "hyper",
     "interpreting",
     "no_double_backward",
+    "no_forward_mode",
     "report",
     "scalar",
     "use_backend",

@@ -9,6 +9,7 @@ import torch
 from ._checks import offsets, tensor
 from .group_advantage import check_options, group_advantages
 from .loss_spec import SEQUENCE_POLICIES, LossSpec
+from .policy_inputs import check_ddof
 
 Order = Optional[Tuple[torch.Tensor, torch.Tensor]]
 """Rows int64 with gradient, and rows without; rows in neither aren't needed. None: all rows, with gradient."""
@@ -23,7 +24,7 @@ def sort_rows(
     """
     if torch.compiler.is_compiling():
         return None, inputs
-    used = torch.ones(rows, dtype=torch.bool)
+    used = torch.ones(rows, dtype=torch.bool, device="cpu")
     mask = inputs.get("mask")
     if mask is not None:
         tensor("mask", mask, shape=[rows], dtypes=[torch.bool])
@@ -52,6 +53,7 @@ def _with_advantages(cu_seqlens: torch.Tensor, inputs: Dict[str, Any]) -> Dict[s
     if not on_host or scale == "opo" or rewards.shape != (len(cu_seqlens) - 1,):
         return inputs
     options = {"scale": scale, "eps": inputs.get("adv_eps", 1e-4), "ddof": inputs.get("adv_ddof", 1)}
+    check_ddof(options["ddof"])
     check_options(**options, prefix="adv_")
     rest = {k: v for k, v in inputs.items() if k not in ("rewards", "adv_scale", "adv_eps", "adv_ddof")}
     return {**rest, "advantages": group_advantages(rewards, groups, **options)}

@@ -61,7 +61,9 @@ def grpo_loss(
     """
     check_logits(logits, target)
     check_spec(spec)
-    row = token_logprob(logits, valid_targets(target, inputs.get("mask")), temperature, inplace=inplace)
+    mask = inputs.get("mask")
+    goal, heat = valid_targets(target, mask), valid_temperature(temperature, mask)
+    row = token_logprob(logits, goal, heat, inplace=inplace)
     return loss_of_rows(row.logp, row.entropy, cu_seqlens, spec, inputs)
 
 
@@ -77,6 +79,17 @@ def valid_targets(target: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.T
         return target
     tensor("mask", mask, shape=[len(target)], dtypes=[torch.bool], like=target)
     return torch.where(mask, target, 0)
+
+
+def valid_temperature(
+    temperature: Union[float, torch.Tensor], mask: Optional[torch.Tensor]
+) -> Union[float, torch.Tensor]:
+    """Temperatures with 1 in place of what stands at masked rows; what has another form than the mask is left alone."""
+    if mask is None or not isinstance(temperature, torch.Tensor):
+        return temperature
+    if temperature.shape != mask.shape or temperature.device != mask.device:
+        return temperature
+    return torch.where(mask, temperature, 1)
 
 
 def loss_of_rows(
@@ -109,7 +122,7 @@ def grpo_loss_ref(
     mask = inputs.get("mask")
     if mask is not None:
         logits = torch.where(mask[:, None], logits, 0.0)
-    row = token_logprob_ref(logits, valid_targets(target, mask), temperature)
+    row = token_logprob_ref(logits, valid_targets(target, mask), valid_temperature(temperature, mask))
     return assemble(
         policy_loss_ref(row.logp, cu_seqlens, spec, entropy=row.entropy, **inputs), row.logp, row.entropy, inputs
     )

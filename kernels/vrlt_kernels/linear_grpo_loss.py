@@ -13,12 +13,12 @@ Either way 6 N V K FLOPs, or 8 for sequence-level losses of rows beyond the budg
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 
-from ._checks import compute_dtype, values_in_range
+from ._checks import INTEGERS, compute_dtype, offsets, tensor, values_in_range
 from ._head import (
     Head,
     HeadGradients,
@@ -31,21 +31,20 @@ from ._head import (
     project_,
     rows_within,
 )
-from ._launch import no_double_backward
+from ._launch import no_double_backward, no_forward_mode
 from ._ops import add_op_namespace_prefix as op
 from ._row_order import Order, sort_rows
-from ._rows import inverse_of, row_fused_, row_grad_, row_stats, split_temperature
-from .grpo_loss import GrpoLoss, assemble, check_spec, grpo_loss_ref, loss_of_rows, valid_targets
+from ._rows import inverse_of, row_fused_, row_grad_, row_stats
+from .grpo_loss import GrpoLoss, assemble, check_spec, grpo_loss_ref, loss_of_rows, valid_targets, valid_temperature
 from .linear_logprob import BUDGET, Three, logprob_of_rows
 from .loss_spec import LossSpec
 from .policy_coef import policy_coef, policy_loss
+from .token_logprob import temperature_of
 
 TOKEN_POLICIES = ("clip", "cispo", "sapo", "reinforce")
 """Policies under which a token's coefficient depends on nothing but the token."""
 FIELDS = ("advantages", "token_weight", "old_logp", "ref_logp", "rollout_logp", "mask")
 """What a row brings along, each [N]."""
-_WORDS = tuple(f.name for f in fields(LossSpec) if isinstance(f.default, str))
-_NUMBERS = tuple(f.name for f in fields(LossSpec) if not isinstance(f.default, str))
 Six = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -57,22 +56,20 @@ def linear_grpo_fwd(
     target: torch.Tensor,
     temperatures: Optional[torch.Tensor],
     given: List[torch.Tensor],
+    numbers: torch.Tensor,
     *,
     temperature: float,
-    words: str,
-    numbers: List[float],
+    names: str,
     budget_rows: int,
     needs: List[bool],
 ) -> Six:
     """The loss [], logp and entropy [N], and in fp32 what ``needs`` asks for of dH, dW, db (empty where not).
 
-    ``given``: as FIELDS, empty where there is none; ``words``, ``numbers``: the spec's, None as NaN; its reduction is
-    in the token weights.
+    ``given``: as FIELDS, empty where there is none; ``names``, ``numbers``: the spec's; its reduction is in the token
+    weights.
     """
     rows = hidden.shape[0]
-    values: Dict[str, Any] = dict(zip(_WORDS, words.split(" "), strict=True))
-    values |= {name: None if v != v else v for name, v in zip(_NUMBERS, numbers, strict=True)}
-    spec = LossSpec(**{**values, "reduction": "sum"})
+    spec = replace(LossSpec.unpack(names, numbers), reduction="sum")
     inverse = inverse_of(temperature, temperatures, hidden).expand(rows)
     logp, entropy = (hidden.new_empty(rows, dtype=inverse.dtype) for _ in range(2))
     values_in_range("target", target, 0, weight.shape[0])
@@ -160,7 +157,7 @@ def _backward(ctx: Any, factor: Optional[torch.Tensor], *_: Any) -> Tuple[Any, .
     operands, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     wanted = [needed and factor is not None for needed in ctx.needs_input_grad[:3]]
     found = [scaled_gradient(g, factor, x) if w else None for g, x, w in zip(gradients, operands, wanted, strict=True)]
-    return *found, None, None, [None] * len(FIELDS)
+    return *found, None, None, [None] * len(FIELDS), None
 
 
 linear_grpo_fwd.register_autograd(_backward, setup_context=_setup)
@@ -202,22 +199,34 @@ def linear_grpo_loss(
     """
     check_head(hidden, weight, bias, target)
     check_spec(spec)
+    check_host_offsets(hidden, cu_seqlens, inputs.get("groups"))
+    no_forward_mode("linear_grpo_loss", hidden, weight, bias)
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     order, inputs = sort_rows(len(hidden), cu_seqlens, spec, inputs, trains=trains)
     inputs = {name: _move(value, hidden.device) for name, value in inputs.items()}
     order, cu_seqlens = _move(order, hidden.device), _move(cu_seqlens, hidden.device)
     mask = inputs.get("mask")
-    target = valid_targets(target, mask)
+    target, temperature = valid_targets(target, mask), valid_temperature(temperature, mask)
     if mask is not None and order is None:
         hidden = torch.where(mask[:, None], hidden, 0.0)  # a NaN times a coefficient of 0 would reach dW
     head = (hidden, weight, bias)
     rows = len(hidden) if order is None else len(order[0])
-    if trains and rows > rows_within(budget_bytes, autocast(*head)[0], weight) and _by_token(spec):
+    if trains and rows > rows_within(budget_bytes, weight, autocast(*head)[0].element_size()) and _by_token(spec):
         return _chunked(*(head, target, temperature, order, cu_seqlens, spec), inputs=inputs, budget_bytes=budget_bytes)
     out = logprob_of_rows(
         *(hidden, weight, target, temperature, order), bias=bias, want_sum_p2=False, budget_bytes=budget_bytes
     )
     return loss_of_rows(out.logp, out.entropy, cu_seqlens, spec, inputs)
+
+
+def check_host_offsets(hidden: torch.Tensor, cu_seqlens: torch.Tensor, groups: object) -> None:
+    """Offsets on the CPU that will be moved to a GPU, where nobody can look at their values without waiting."""
+    tensor("cu_seqlens", cu_seqlens, shape=[None], dtypes=INTEGERS)
+    if hidden.device == cu_seqlens.device:
+        return
+    offsets("cu_seqlens", cu_seqlens, len(hidden), cu_seqlens)
+    if isinstance(groups, torch.Tensor) and groups.device.type == "cpu":
+        offsets("groups", groups, len(cu_seqlens) - 1, groups)
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -239,7 +248,7 @@ def _chunked(
 ) -> GrpoLoss:
     """The way of losses whose gradient is known in the forward pass."""
     hidden, weight, bias = autocast(*head)
-    number, every = split_temperature(temperature, hidden)
+    number, every = temperature_of(temperature, hidden)
     known = _known(hidden, cu_seqlens, spec, inputs)
     others = (inputs.get(name) for name in FIELDS[2:])
     given = [hidden.new_empty(0) if x is None else x.detach() for x in (*known, *others)]
@@ -250,11 +259,10 @@ def _chunked(
         own = every if every is None or every.numel() == 1 else every.to(on.device).index_select(0, on)
         given = [x.index_select(0, on) if len(x) else x for x in given]
     loss, logp, entropy, *_ = linear_grpo_fwd(
-        *(states, weight, bias, goal, own, given),
+        *(states, weight, bias, goal, own, given, spec.numbers),
         temperature=number,
-        words=" ".join(getattr(spec, name) for name in _WORDS),
-        numbers=[float("nan") if (v := getattr(spec, name)) is None else float(v) for name in _NUMBERS],
-        budget_rows=rows_within(budget_bytes, hidden, weight),
+        names=spec.names,
+        budget_rows=rows_within(budget_bytes, weight, hidden.element_size()),
         needs=[x is not None and x.requires_grad for x in (states, weight, bias)],
     )
     if order is not None:

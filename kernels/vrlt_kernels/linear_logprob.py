@@ -17,6 +17,7 @@ import torch
 
 from ._checks import bad, compute_dtype, describe, tensor, values_in_range
 from ._head import (
+    HALF,
     Head,
     HeadGradients,
     Rows,
@@ -30,11 +31,11 @@ from ._head import (
     project_,
     rows_within,
 )
-from ._launch import no_double_backward
+from ._launch import no_double_backward, no_forward_mode
 from ._ops import add_op_namespace_prefix as op
 from ._row_order import Order
-from ._rows import inverse_of, row_fused_, row_grad_, row_mix_, row_stats, split_temperature
-from .token_logprob import TokenLogprob, token_logprob_ref
+from ._rows import inverse_of, row_fused_, row_grad_, row_mix_, row_stats
+from .token_logprob import TokenLogprob, temperature_of, token_logprob_ref
 
 BUDGET = 2.5e9
 """Bytes of logits that may exist at a time."""
@@ -54,11 +55,15 @@ def linear_logprob_fwd(
     want_sum_p2: bool,
     budget_rows: int,
     trained: int,
+    wide: bool = False,
 ) -> Five:
-    """logp, entropy, lse, sum_p2 (empty unless wanted), D of the rows that are kept of the first ``trained`` ones."""
+    """logp, entropy, lse, sum_p2 (empty unless wanted), D of the rows that are kept of the first ``trained`` ones.
+
+    ``wide``: the logits of half-precision operands in fp32; then none is kept.
+    """
     rows, vocab = hidden.shape[0], weight.shape[0]
-    kept, step = partition(trained, budget_rows)
-    if kept == trained:
+    kept, step = (0, budget_rows) if wide else partition(trained, budget_rows)
+    if not wide and kept == trained:
         step = max(1, budget_rows - kept, budget_rows // 4)
     # On a CPU one product over all rows is faster than two; their logits then stay together until the backward pass.
     joint = rows if hidden.device.type == "cpu" and 0 < kept == trained < rows <= budget_rows else kept
@@ -79,7 +84,8 @@ def linear_logprob_fwd(
                 row_grad_(rest, rest, target[first], scale, lse[first], entropy[first], a=whole, e=None)
             else:
                 logp[first], entropy[first], lse[first] = row_fused_(rest, target[first], scale)
-        buffer = logits[kept:] if joint > kept else hidden.new_empty(min(step, rows - kept), vocab)
+        dtype = inverse.dtype if wide else hidden.dtype
+        buffer = logits[kept:] if joint > kept else hidden.new_empty(min(step, rows - kept), vocab, dtype=dtype)
         for part in chunks(kept, rows, len(buffer) or 1):
             piece = buffer[: part.stop - part.start]
             if joint == kept:
@@ -99,11 +105,12 @@ def _(
     want_sum_p2: bool,
     budget_rows: int,
     trained: int,
+    wide: bool = False,
     **__: Any,
 ) -> Five:
     rows = hidden.shape[0]
     logp, entropy, lse = (hidden.new_empty(rows, dtype=compute_dtype(hidden)) for _ in range(3))
-    kept = partition(trained, budget_rows)[0]
+    kept = 0 if wide else partition(trained, budget_rows)[0]
     return logp, entropy, lse, logp.new_empty(rows if want_sum_p2 else 0), hidden.new_empty(kept, weight.shape[0])
 
 
@@ -121,6 +128,7 @@ def linear_logprob_bwd(
     budget_rows: int,
     trained: int,
     needs: List[bool],
+    wide: bool = False,
 ) -> Three:
     """dH, dW, db, empty where not needed, from D, [hidden, weight, bias] and [logp, entropy, lse].
 
@@ -129,7 +137,7 @@ def linear_logprob_bwd(
     hidden, weight, bias = cast(Head, tuple(head))
     logp, entropy, lse = stats
     rows = trained
-    kept, step = partition(rows, budget_rows)
+    kept, step = (0, budget_rows) if wide else partition(rows, budget_rows)
     inverse = inverse_of(temperature, temperatures, hidden).expand(hidden.shape[0])[:rows]
     a, e = a[:rows], None if e is None else e[:rows]
     live = live_rows(a, e)
@@ -143,7 +151,9 @@ def linear_logprob_bwd(
             pick = None if live is None else live[live < kept]
             use = slice(0, kept) if pick is None else pick
             grads.add(use, rest, (a * inverse)[use], pick=pick)
-        buffer = hidden.new_empty(min(step, rows - deferred) if pieces else 0, weight.shape[0])
+        most = min(step, rows - deferred) if pieces else 0
+        buffer = hidden.new_empty(most, weight.shape[0])
+        logits = hidden.new_empty(most, weight.shape[0], dtype=inverse.dtype) if wide else buffer
         scale = power_of_two(a * inverse, None if e is None else e * inverse) if hidden.dtype == torch.float16 else None
         for use in pieces:
             a_use, e_use = a[use].contiguous(), None if e is None else e[use].contiguous()
@@ -154,8 +164,11 @@ def linear_logprob_bwd(
             if int(use[0] if isinstance(use, torch.Tensor) else use.start) < kept and e_use is not None:
                 row_mix_(grad, rest[use], goal, factor, logp[use], spread, a=a_use, e=e_use)
             else:
-                project_(grad, hidden[use], weight, bias)
-                row_grad_(grad, grad, goal, factor, lse[use], spread, a=a_use, e=e_use)
+                z = logits[: len(goal)]
+                project_(z, hidden[use], weight, bias)
+                row_grad_(z, z, goal, factor, lse[use], spread, a=a_use, e=e_use)
+                if wide:
+                    grad.copy_(z)
             grads.add(use, grad, None, unscale=None if scale is None else scale.reciprocal())
     return grads.results()
 
@@ -180,7 +193,7 @@ def _(rest: torch.Tensor, head: List[Optional[torch.Tensor]], *_: Any, needs: Li
 
 def _setup(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Dict[str, Any], output: Five) -> None:
     hidden, weight, bias, target, temperatures = inputs
-    ctx.options = {name: keyword_only_inputs[name] for name in ("temperature", "budget_rows", "trained")}
+    ctx.options = {name: keyword_only_inputs[name] for name in ("temperature", "budget_rows", "trained", "wide")}
     logp, entropy, lse, sum_p2, rest = output
     ctx.mark_non_differentiable(lse, sum_p2, rest)
     ctx.save_for_backward(rest, hidden, weight, bias, target, temperatures, logp, entropy, lse)
@@ -212,6 +225,7 @@ def linear_logprob(
     want_sum_p2: bool = False,
     budget_bytes: float = BUDGET,
     live: Optional[torch.Tensor] = None,
+    logits_dtype: Optional[torch.dtype] = None,
 ) -> TokenLogprob:
     """Log-probs of the targets and entropies, differentiable in ``hidden``, ``weight`` and ``bias``.
 
@@ -228,12 +242,14 @@ def linear_logprob(
             both products of the backward pass. It is host data so that no GPU is waited for; without it, rows whose
             upstream gradients turn out 0 are left out on the CPU; on a GPU they are multiplied by 0, and must hold
             finite hidden states. Not used under torch.compile.
+        logits_dtype: None: that of ``hidden``, as a linear layer has them. float32: bf16 and fp16 products are kept
+            unrounded. No logits are then kept for the backward pass, which computes them again: 8 N V K FLOPs.
 
     Rows agree with `token_logprob` on hidden @ weight.T to the rounding of the product. Two calls give the same bits.
 
     Raises:
         KernelInputError: a wrong type, shape, dtype, device, target, temperature or budget.
-        RuntimeError: with create_graph: there is no second derivative.
+        RuntimeError: with create_graph: there is no second derivative; under forward-mode AD.
     """
     check_head(hidden, weight, bias, target)
     order: Order = None
@@ -245,7 +261,11 @@ def linear_logprob(
             on, off = (x.nonzero()[:, 0].to(hidden.device, non_blocking=True) for x in (live, ~live))
             order = (on, off)
     return logprob_of_rows(
-        *(hidden, weight, target, temperature, order), bias=bias, want_sum_p2=want_sum_p2, budget_bytes=budget_bytes
+        *(hidden, weight, target, temperature, order),
+        bias=bias,
+        want_sum_p2=want_sum_p2,
+        budget_bytes=budget_bytes,
+        logits_dtype=logits_dtype,
     )
 
 
@@ -259,11 +279,15 @@ def logprob_of_rows(
     bias: Optional[torch.Tensor],
     want_sum_p2: bool,
     budget_bytes: float,
+    logits_dtype: Optional[torch.dtype] = None,
 ) -> TokenLogprob:
     """`linear_logprob` of the rows that ``order`` lists, with and without gradient, and 0 elsewhere."""
     hidden, weight, bias = autocast(hidden, weight, bias)
-    number, every = split_temperature(temperature, hidden)
-    budget_rows = rows_within(budget_bytes, hidden, weight)
+    no_forward_mode("linear_logprob", hidden, weight, bias)
+    number, every = temperature_of(temperature, hidden)
+    wide = _wide(logits_dtype, hidden)
+    # Beside fp32 logits their gradient in half precision: 6 bytes a logit.
+    budget_rows = rows_within(budget_bytes, weight, 4 + hidden.element_size() if wide else hidden.element_size())
 
     goal, own, trained = target, every, len(hidden)
     if order is not None:
@@ -278,11 +302,21 @@ def logprob_of_rows(
         want_sum_p2=want_sum_p2,
         budget_rows=budget_rows,
         trained=trained,
+        wide=wide,
     )
     if order is not None:
         logp, entropy = (_spread(x, len(target), order) for x in (logp, entropy))
         sum_p2 = _spread(sum_p2, len(target), order) if want_sum_p2 else sum_p2
     return TokenLogprob(logp, entropy, sum_p2 if want_sum_p2 else None)
+
+
+def _wide(dtype: Optional[torch.dtype], hidden: torch.Tensor) -> bool:
+    """Whether the logits have more digits than the hidden states."""
+    if dtype is None or dtype == hidden.dtype:
+        return False
+    if dtype != torch.float32 or hidden.dtype not in HALF:
+        raise bad("logits_dtype", dtype, f"None, {hidden.dtype} or, for bf16 and fp16, float32")
+    return True
 
 
 def _spread(x: torch.Tensor, rows: int, order: Tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -302,8 +336,11 @@ def linear_logprob_ref(
     want_sum_p2: bool = False,
     budget_bytes: float = BUDGET,
     live: Optional[torch.Tensor] = None,
+    logits_dtype: Optional[torch.dtype] = None,
 ) -> TokenLogprob:
     """The mathematics of `linear_logprob` in plain PyTorch, with all logits; the budget changes nothing."""
+    if _wide(logits_dtype, hidden):
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     logits = torch.nn.functional.linear(hidden, weight, bias)
     out = token_logprob_ref(logits, target, temperature, want_sum_p2=want_sum_p2)
     if live is None:

@@ -111,13 +111,19 @@ class LossSpec:
             raise bad("correction_level", repr(self.correction_level), "'token' with correction 'icepop'")
         if self.kl == "none" and (self.kl_weight != "none" or self.beta != 0):
             raise bad("kl", "'none' with a KL weight or beta", "a KL, or kl_weight 'none' and beta 0")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) or hasattr(value, "__float__")) and (
+                value is not None or name not in _OPTIONAL
+            ):
+                raise bad(name, repr(value), "a number or None" if name in _OPTIONAL else "a number")
         for name in ("beta", "entropy_coef", "correction_low", "gate_delta"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
+            if value is not None and not -math.inf < value < math.inf:
                 raise bad(name, value, "a finite number")
         for name in ("delta", "log_ratio_clamp", "kl_clamp_in", "kl_clamp_out", "tau_pos", "tau_neg", "reg_eps"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if value is not None and not 0 < value < math.inf:
                 raise bad(name, value, "a finite number above 0")
         if not self.clip_low >= 0:
             raise bad("clip_low", self.clip_low, "a number of at least 0")
@@ -152,6 +158,7 @@ class LossSpec:
 
 _NAMES = tuple(f.name for f in fields(LossSpec) if isinstance(f.default, str))
 _NUMBERS = tuple(f.name for f in fields(LossSpec) if not isinstance(f.default, str))
+_OPTIONAL = tuple(f.name for f in fields(LossSpec) if f.default is None)
 
 
 __all__ = ["CORRECTIONS", "CORRECTION_LEVELS", "KLS", "KL_WEIGHTS", "POLICIES", "REDUCTIONS", "LossSpec"]

@@ -13,7 +13,7 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import torch
 
 from ._checks import FLOATS, bad, describe, tensor
-from .grpo_loss import GrpoLoss, check_spec, loss_of_rows, valid_targets
+from .grpo_loss import GrpoLoss, check_spec, loss_of_rows, valid_targets, valid_temperature
 from .linear_grpo_loss import linear_grpo_loss
 from .linear_logprob import BUDGET
 from .loss_spec import LossSpec
@@ -60,8 +60,9 @@ def padded_grpo_loss(
     packed = _pack(logits, target, mask, inputs)
     flat, goals = logits.flatten(0, 1), target.flatten()
     check_logits(flat, goals)
-    goals = valid_targets(goals, mask.to(logits.device, non_blocking=True).flatten())
-    row = token_logprob(flat, goals, _flat_temperature(temperature, target), inplace=inplace)
+    counted = mask.to(logits.device, non_blocking=True).flatten()
+    heat = valid_temperature(_flat_temperature(temperature, target), counted)
+    row = token_logprob(flat, valid_targets(goals, counted), heat, inplace=inplace)
     logp, entropy = row.logp, row.entropy
     if packed.rows is not None:
         logp, entropy = logp.index_select(0, packed.rows), entropy.index_select(0, packed.rows)
@@ -124,7 +125,7 @@ def _pack(x: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, inputs: Dic
         ends = torch.arange(batch + 1, device=x.device) * width
         return _Packed(None, ends, {**inputs, **flat, "mask": mask.to(x.device).flatten()})
     rows = mask.flatten().nonzero()[:, 0]
-    lengths = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1)])
+    lengths = torch.cat([torch.zeros(1, dtype=torch.int64, device=mask.device), mask.sum(1)])
     picked = {k: v.index_select(0, rows.to(v.device, non_blocking=True)) for k, v in flat.items()}
     device = x.device
     ends = lengths.cumsum(0)

@@ -20,7 +20,7 @@ import torch
 
 from . import policy_ref
 from ._checks import compute_dtype
-from ._launch import choose, no_double_backward
+from ._launch import choose, no_double_backward, no_forward_mode
 from ._ops import add_op_namespace_prefix
 from .group_advantage import Groups
 from .loss_spec import LossSpec
@@ -85,7 +85,24 @@ def _coef(
         from .policy_triton import coef_triton
 
         return coef_triton(inputs, spec)
-    return coef_torch(inputs, spec)
+    if logp.device.type == "cpu":
+        return coef_torch(inputs, spec)
+    mended, right = mended_offsets(cu_seqlens, logp.shape[0])
+    loss, a, e, kl, clipped, partial = coef_torch(inputs._replace(cu_seqlens=mended), spec)
+    loss, a, e, kl = (torch.where(right, x, torch.nan) for x in (loss, a, e, kl))
+    return loss, a, e, kl, clipped, partial
+
+
+def mended_offsets(cu_seqlens: torch.Tensor, rows: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Offsets that PyTorch's operators can't go wrong with, and whether the given ones were such, bool [].
+
+    On a GPU their values were never looked at, and a wrong one would stop it with an assertion.
+    """
+    mended = cu_seqlens.clamp(0, rows).cummax(0).values
+    mended[0] = 0
+    if len(mended) > 1:
+        mended[-1] = rows
+    return mended, (mended == cu_seqlens).all()
 
 
 @_coef.register_fake
@@ -220,7 +237,8 @@ def policy_coef(
         entropy: [N] in nats, for the entropy bonus and the metric.
         token_weight: [N], a constant factor of the token's whole loss.
         mask: bool [N], True for tokens that count; default all.
-        normalizer: what the reduction divides by, see `LossSpec`; a 0-d tensor on the device of logp, or a number.
+        normalizer: what the reduction divides by, see `LossSpec`; a 0-d tensor on the device of logp, or a number;
+            above 0, or 0 where no token counts. On a GPU the value of a tensor is not looked at.
 
     Raises:
         KernelInputError: names the argument, what it got and what it needs.
@@ -261,6 +279,7 @@ def policy_loss(
     ratio_max (of the ratio the policy uses), kl_mean, entropy_mean, correction_mean; 0 where there are no tokens.
     """
     out = policy_coef(logp, cu_seqlens, spec, entropy=entropy, **inputs)
+    no_forward_mode("policy_loss", logp, entropy)
     loss = _sum(logp, entropy, out.loss, out.a, out.e)
     return PolicyLoss(loss, out.loss, out.kl, out.clipped, out.metrics)
 

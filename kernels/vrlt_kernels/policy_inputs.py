@@ -93,6 +93,7 @@ def prepare(
         _check_advantages(advantages, logp, sequences, spec)
     elif rewards is not None:
         check.tensor("rewards", rewards, shape=[sequences], dtypes=check.FLOATS, like=logp)
+        check_ddof(adv_ddof)
         check_options(scale=adv_scale, eps=adv_eps, ddof=adv_ddof, prefix="adv_")
         if adv_scale not in IN_LAUNCH or spec.policy == "reg":
             advantages = _advantages(rewards, cu_seqlens, groups, mask, adv_scale, adv_eps, adv_ddof)
@@ -115,8 +116,14 @@ def prepare(
         entropy=_constant(entropy),
         token_weight=_constant(token_weight),
         mask=mask,
-        normalizer=_normalizer(normalizer, spec, logp),
+        normalizer=_normalizer(normalizer, spec, logp, mask),
     )
+
+
+def check_ddof(ddof: object) -> None:
+    """0 or 1, as an integer: it is a constant of the kernels."""
+    if not isinstance(ddof, int):
+        raise check.bad("adv_ddof", repr(ddof), "0 or 1")
 
 
 def _constant(value: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -167,10 +174,13 @@ def _advantages(
 def _sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Sums [B] of integer values [N] over the sequences."""
     running = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    return running[cu_seqlens.long()].diff()
+    # Offsets on a GPU, or under torch.compile, are unchecked: one outside would stop the device with an assertion.
+    return running[cu_seqlens.long().clamp(0, len(values))].diff()
 
 
-def _normalizer(value: Union[float, torch.Tensor, None], spec: LossSpec, logp: torch.Tensor) -> Optional[torch.Tensor]:
+def _normalizer(
+    value: Union[float, torch.Tensor, None], spec: LossSpec, logp: torch.Tensor, mask: Optional[torch.Tensor]
+) -> Optional[torch.Tensor]:
     if value is None:
         if spec.reduction in ("dapo", "dr_grpo", "seq_sum_norm"):
             raise check.bad("normalizer", f"None with reduction {spec.reduction!r}", "a number or a 0-d tensor")
@@ -179,10 +189,28 @@ def _normalizer(value: Union[float, torch.Tensor, None], spec: LossSpec, logp: t
         raise check.bad("normalizer", value, "None with reduction 'sum'")
     if isinstance(value, torch.Tensor):
         check.tensor("normalizer", value, shape=[], like=logp)
-        return value.detach()
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return value.detach()
+        value = float(value)
+    if not isinstance(value, (int, float)):
+        raise check.bad("normalizer", repr(value), "a number above 0 or a 0-d tensor")
+    dtype = check.compute_dtype(logp)
+    if value == 0 and (mask is not None or len(logp) == 0):
+        return _of_nothing(mask, logp.new_ones((), dtype=dtype))
     if not value > 0:
-        raise check.bad("normalizer", value, "a number above 0")
-    return scalar(value, check.compute_dtype(logp), logp.device)
+        raise check.bad("normalizer", value, "a number above 0, or 0 where no token counts")
+    return scalar(value, dtype, logp.device)
 
 
-__all__ = ["IN_LAUNCH", "Inputs", "prepare"]
+def _of_nothing(mask: Optional[torch.Tensor], one: torch.Tensor) -> torch.Tensor:
+    """The normalizer in place of 0: of a sum without terms any will do. On a GPU a mask is not waited for."""
+    if mask is None:
+        return one
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(mask.any(), torch.nan, one)
+    if bool(mask.any()):
+        raise check.bad("normalizer", 0, "a number above 0, or 0 where no token counts")
+    return one
+
+
+__all__ = ["IN_LAUNCH", "Inputs", "check_ddof", "prepare"]

@@ -14,7 +14,7 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 import torch
 
 from ._checks import FLOATS, INTEGERS, bad, compute_dtype, describe, tensor, values_in_range
-from ._launch import no_double_backward
+from ._launch import no_double_backward, no_forward_mode, scalar
 from ._ops import add_op_namespace_prefix as op
 from ._rows import inverse_of, row_grad_, row_stats, split_temperature
 
@@ -134,6 +134,28 @@ token_logprob_fwd.register_autograd(_backward, setup_context=_setup)
 no_double_backward(token_logprob_bwd, "token_logprob")
 
 
+def temperature_of(temperature: object, logits: torch.Tensor) -> Tuple[float, Optional[torch.Tensor]]:
+    """`split_temperature`, with every value such that 1 / T is a number of the computing dtype too.
+
+    Under torch.compile a number becomes a tensor [1] on the CPU: a float would be a constant of the graph.
+    """
+    number, every = split_temperature(temperature, logits)
+    if torch.compiler.is_compiling():
+        return (number, every) if every is not None else (1.0, scalar(number, torch.float64).reshape(1))
+    low = torch.finfo(compute_dtype(logits)).tiny
+    if every is None:
+        wrong = [] if low <= number <= 1 / low else [number]
+    elif every.device.type == "cpu":  # what isn't a finite number above 0 is the operator's to refuse
+        least, most = (float(x) for x in every.aminmax()) if every.numel() else (1.0, 1.0)
+        inside = low <= least and most <= 1 / low
+        wrong = [] if inside else [x for x in every.tolist() if 0 < x < low or 1 / low < x < float("inf")]
+    else:
+        wrong = []
+    if wrong:
+        raise bad("temperature", wrong[0], f"values from {low:.2g} to {1 / low:.2g}")
+    return number, every
+
+
 def check_logits(logits: torch.Tensor, target: torch.Tensor) -> None:
     """logits [N, V >= 1] of a float type and target int [N] on its device."""
     tensor("logits", logits, shape=[None, None], dtypes=FLOATS)
@@ -166,10 +188,12 @@ def token_logprob(
 
     Raises:
         KernelInputError: a wrong type, shape, dtype, device, target or temperature.
-        RuntimeError: in a second backward pass after ``inplace``, or with create_graph: there is no second derivative.
+        RuntimeError: in a second backward pass after ``inplace``, or with create_graph: there is no second derivative;
+            under forward-mode AD.
     """
     check_logits(logits, target)
-    number, rows = split_temperature(temperature, logits)
+    number, rows = temperature_of(temperature, logits)
+    no_forward_mode("token_logprob", logits)
     inplace = inplace and not torch.compiler.is_compiling()
     logp, entropy, _, sum_p2 = token_logprob_fwd(
         logits, target, rows, temperature=number, want_sum_p2=want_sum_p2, inplace=inplace

@@ -12,16 +12,17 @@ the first one for the log-sum-exp; one when ``lse`` is given. Nothing of size [N
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, Union
+from typing import Any, Iterator, NamedTuple, Optional, Tuple, Union
 
 import torch
 
 from ._checks import FLOATS, bad, compute_dtype, describe, tensor
 from ._checks import offsets as check_offsets
-from ._launch import choose, hyper, no_double_backward
+from ._launch import choose, hyper, no_double_backward, no_forward_mode, scalar
 from ._ops import add_op_namespace_prefix as op
-from ._rows import inverse_of, row_stats, split_temperature
+from ._rows import inverse_of, row_stats
 from .group_advantage import Groups, split_groups
+from .token_logprob import temperature_of
 
 _TILE = 2**22  # logits the reference works on at a time: 16 MB in fp32
 
@@ -114,15 +115,14 @@ def group_divergence(
     offsets: torch.Tensor,
     sequence_of: torch.Tensor,
     group_of: torch.Tensor,
-    *,
-    clamp: float,
+    clamp: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """D [N] and the log-sum-exp of each row [N]."""
+    """D [N] and the log-sum-exp of each row [N]. ``clamp`` is 0-d, on the CPU: a graph is tied to a float's value."""
     lse = row_stats(logits, torch.zeros_like(sequence_of), inverse, False)[2] if lse is None else lse.clone()
     if len(logits) == 0 or choose("token_weight", logits, has=("triton", "reference")) == "reference":
-        return _divergence_ref(logits, lse, inverse, cu, offsets, clamp), lse
+        return _divergence_ref(logits, lse, inverse, cu, offsets, float(clamp)), lse
     out = torch.full_like(lse, torch.nan)
-    bound = hyper([clamp], lse.dtype, logits.device)
+    bound = hyper([float(clamp)], lse.dtype, logits.device)
     from . import token_weight_triton
 
     with torch.cuda.device_of(logits):
@@ -131,26 +131,26 @@ def group_divergence(
 
 
 @group_divergence.register_fake
-def _(logits: torch.Tensor, *_: Any, clamp: float) -> Tuple[torch.Tensor, torch.Tensor]:
+def _(logits: torch.Tensor, *_: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     out = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits))
     return out, torch.empty_like(out)
 
 
 @torch.library.custom_op(op("group_divergence_backward"), mutates_args=())
-def _group_divergence_backward(
+def group_divergence_backward(
     grad: torch.Tensor,
     logits: torch.Tensor,
     lse: torch.Tensor,
     inverse: torch.Tensor,
     cu: torch.Tensor,
     offsets: torch.Tensor,
-    clamp: float,
+    clamp: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient [N, V] in PyTorch, tile by tile: only the released variant needs it, so it has no kernel."""
     out = torch.zeros_like(logits)
     every = inverse.expand(len(logits))
     for rows, live in _tiles(logits, cu, offsets):
-        log_p, d, sloped = _divergence_parts(logits, rows, live, lse, inverse, clamp)
+        log_p, d, sloped = _divergence_parts(logits, rows, live, lse, inverse, float(clamp))
         upstream = (grad[rows] * live).sum(1) / rows.shape[1]
         slope = torch.where(sloped, d.expm1(), 0.0)
         by_log_p = (slope.mean(1, keepdim=True) - slope) * upstream[:, None, None]
@@ -160,26 +160,32 @@ def _group_divergence_backward(
     return out
 
 
-@_group_divergence_backward.register_fake
+@group_divergence_backward.register_fake
 def _(grad: Any, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(logits)
 
 
-def _keep(
-    ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Dict[str, Any], output: Tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    logits, _, inverse, cu, offsets, _, _ = inputs
-    ctx.clamp = keyword_only_inputs["clamp"]
-    ctx.save_for_backward(logits, output[1], inverse, cu, offsets)
+def _keep(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, _, inverse, cu, offsets, _, _, clamp = inputs
+    ctx.save_for_backward(logits, output[1], inverse, cu, offsets, clamp)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> Tuple[Any, ...]:
-    return (_group_divergence_backward(grad, *ctx.saved_tensors, ctx.clamp), *[None] * 6)
+    return (group_divergence_backward(grad, *ctx.saved_tensors), *[None] * 7)
 
 
 group_divergence.register_autograd(_backward, setup_context=_keep)
-no_double_backward(_group_divergence_backward, "token_weight")
+no_double_backward(group_divergence_backward, "token_weight")
+
+
+def inverse_at(temperature: Union[float, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """1 / T, [1] or [N], in the computing dtype of the rows; under torch.compile NaN where T isn't above 0."""
+    number, every = temperature_of(temperature, rows)
+    if every is None or not torch.compiler.is_compiling():
+        return inverse_of(number, every, rows)
+    inverse = every.to(device=rows.device, dtype=compute_dtype(rows)).reciprocal()
+    return torch.where(inverse > 0, inverse, torch.nan)
 
 
 def weights_from(divergence: torch.Tensor, layout: Layout, alpha: float, released: bool) -> torch.Tensor:
@@ -197,12 +203,16 @@ def weights_from(divergence: torch.Tensor, layout: Layout, alpha: float, release
     return 1.0 + (alpha - 1.0) * unit
 
 
-def check_numbers(alpha: float, clamp: float) -> None:
+def check_numbers(alpha: float, clamp: float, vocab: int) -> None:
     """Raises KernelInputError for hyper-parameters outside their range."""
+    for name, value in (("alpha", alpha), ("clamp", clamp)):
+        if not isinstance(value, (int, float)):
+            raise bad(name, repr(value), "a number")
     if not 0 <= alpha < math.inf:
         raise bad("alpha", alpha, "a finite number, at least 0")
-    if not 0 < clamp <= 80:
-        raise bad("clamp", clamp, "a number in (0, 80]: e^clamp must be finite in fp32")
+    most = 88 - math.log(vocab)
+    if not 0 < clamp <= most:
+        raise bad("clamp", clamp, f"a number in (0, {most:.1f}]: {vocab} times e^clamp must be finite in fp32")
 
 
 def token_weight(
@@ -228,7 +238,7 @@ def token_weight(
         groups: responses per group, or offsets int32/int64 [groups + 1] in sequences.
         alpha: the largest weight; 1.4 is the released default, 1.7 its recipe.
         temperature: above 0; a number, 0-d or [N].
-        clamp: bound of the difference of log-probs.
+        clamp: bound of the difference of log-probs, up to 88 - log V, so that a sum over V is finite in fp32.
         lse: log-sum-exp of logits / temperature [N], where known; saves a read of the logits.
         released: what the released trainer does: the weights are differentiable in the logits (in plain PyTorch, no
             second derivative), and a group shorter than the longest one of the batch has 0 as its smallest D, because
@@ -240,9 +250,11 @@ def token_weight(
     tensor("logits", logits, shape=[None, None], dtypes=FLOATS)
     if logits.shape[1] == 0:
         raise bad("logits", describe(logits), "a vocabulary")
-    check_numbers(alpha, clamp)
+    check_numbers(alpha, clamp, logits.shape[1])
     layout = layout_of(logits, cu_seqlens, groups)
-    inverse = inverse_of(*split_temperature(temperature, logits), logits)
+    inverse = inverse_at(temperature, logits)
+    if released:
+        no_forward_mode("token_weight", logits)
     if lse is not None:
         tensor("lse", lse, shape=[len(logits)], dtypes=[compute_dtype(logits)], like=logits)
         lse = lse.detach()
@@ -250,7 +262,7 @@ def token_weight(
     if len(rows) == 0:
         return rows.sum(1).to(compute_dtype(rows))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    divergence, _ = group_divergence(rows, lse, inverse, *layout, clamp=clamp)
+    divergence, _ = group_divergence(rows, lse, inverse, *layout, scalar(clamp, torch.float64))
     return weights_from(divergence, layout, alpha, released)
 
 
@@ -267,7 +279,7 @@ def token_weight_ref(
 ) -> torch.Tensor:
     """`token_weight` in plain PyTorch, with autograd's own gradient where ``released``."""
     layout = layout_of(logits, cu_seqlens, groups)
-    inverse = inverse_of(*split_temperature(temperature, logits), logits)
+    inverse = inverse_at(temperature, logits)
     rows = logits if released else logits.detach()
     if lse is None or released:
         lse = (rows.to(inverse.dtype) * inverse.expand(len(rows))[:, None]).logsumexp(1)

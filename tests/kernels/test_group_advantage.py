@@ -91,6 +91,72 @@ def test_equal_rewards_get_exactly_zero(backend, scale):
 
 
 @BACKENDS
+@pytest.mark.parametrize("scale", [s for s in SCALES if s not in ("opo", "reinforce++", "reinforce++_baseline")])
+def test_equal_rewards_with_raw_singletons(backend, scale):
+    """Where the spread of the batch divides, nothing is left of equal rewards; else singletons keep theirs."""
+    cases = (([5.0, 5.0], 1), ([5.0], 1), ([5.0, math.nan, 5.0, 5.0], 2), ([0.0, 0.0], 1), ([5.0] * 4, 2))
+    for (rewards, size), eps in itertools.product(cases, (0.0, 1e-3)):
+        values = torch.tensor(rewards, dtype=torch.float64)
+        with use_backend(backend):
+            out = group_advantages(values, size, scale=scale, singleton="raw", eps=eps)
+        alone = values.isfinite().view(-1, size).sum(1, keepdim=True) == 1
+        kept = values.nan_to_num() * alone.expand(-1, size).flatten() / (1 + eps if scale == "group" else 1)
+        torch.testing.assert_close(out, torch.zeros_like(kept) if scale == "batch" else kept)
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", ["group", "pass@k", "none"])
+def test_a_response_without_rewards_is_left_out_of_whitening(backend, scale):
+    rewards = torch.tensor([[math.nan, math.inf], [1, 2], [3, 0], [2, 4]], dtype=torch.float64)
+    options = {"scale": scale, "combine": "normalize_then_sum_then_whiten", "eps": 0.0}
+    with use_backend(backend):
+        out = group_advantages(rewards, 4, **options)
+        alone = group_advantages(rewards[1:], 3, **options)
+        assert group_advantages(rewards.fill_(math.nan), 4, **options).tolist() == [0.0] * 4
+    assert out[0] == 0
+    torch.testing.assert_close(out[1:], alone)
+
+
+@BACKENDS
+def test_weights_are_finite_constants(backend, monkeypatch):
+    rewards = torch.tensor([[0.0, 5.0], [1, 2], [3, 0], [2, 4]])
+    with use_backend(backend):
+        for weights in ([1.0, math.nan], [math.inf, 1.0], torch.tensor([1.0, math.nan]), ["a", 1.0], [None, 1.0]):
+            with pytest.raises(KernelInputError, match=r"^weights: got .*, needs finite numbers"):
+                group_advantages(rewards, 2, weights=weights)
+        for weights in (3.0, [1.0]):
+            with pytest.raises(KernelInputError, match=r"^weights: got .*, needs shape \[2\]"):
+                group_advantages(rewards, 2, weights=weights)
+        given = torch.tensor([1.0, -2.0], requires_grad=True)
+        out = group_advantages(rewards, 2, weights=given)
+        assert not out.requires_grad
+        assert torch.equal(out, group_advantages(rewards, 2, weights=(1, -2)))
+        # on a GPU, and in a graph, values aren't looked at
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for combine in COMBINE:
+            assert group_advantages(rewards, 2, weights=torch.tensor([1.0, math.nan]), combine=combine).isnan().all()
+
+
+def test_other_numbers_compile_nothing_new():
+    rewards = torch.tensor([[0.0, 5.0], [1, 2], [3, 0], [2, 4]])
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    def run(first, second, eps):
+        return group_advantages(rewards, 2, weights=[first, second], eps=eps)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend=backend, fullgraph=True, dynamic=True)
+    for i in range(12):
+        numbers = (0.5 + 0.1 * i, 2.0 - 0.1 * i, 1e-3 * (i + 1))
+        torch.testing.assert_close(compiled(*numbers), run(*numbers))
+    assert len(frames) <= 2
+
+
+@BACKENDS
 def test_by_hand(backend):
     rewards = torch.tensor([1.0, 0.0, 2.0, 5.0, 5.0, 3.0])
     ends = torch.tensor([0, 3, 5, 6], dtype=torch.int32)
@@ -171,9 +237,14 @@ def test_refused_arguments(arguments, name):
     [
         {"scale": "std"},
         {"eps": -1.0},
+        {"eps": math.nan},
+        {"eps": math.inf},
+        {"eps": None},
+        {"eps": "1"},
         {"ddof": 2},
+        {"ddof": 1.0},
+        {"ddof": True},
         {"singleton": "one"},
-        {"nan": "raise"},
         {"combine": "mean"},
         {"weights": [1.0]},
         {"lengths": torch.ones(3)},

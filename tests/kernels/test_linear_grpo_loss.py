@@ -17,7 +17,7 @@ from vrlt_kernels import (
     policy_loss_ref,
     use_backend,
 )
-from vrlt_kernels.linear_grpo_loss import TOKEN_POLICIES, linear_grpo_fwd, scaled_gradient
+from vrlt_kernels.linear_grpo_loss import TOKEN_POLICIES, check_host_offsets, linear_grpo_fwd, scaled_gradient
 from vrlt_kernels.loss_spec import POLICIES
 
 MODULE = importlib.import_module("vrlt_kernels.linear_grpo_loss")  # the package's attribute is the function
@@ -343,6 +343,9 @@ def test_memory(generator, policy, budget):
         ({"target": torch.full((N,), V)}, f"target: got {V}, needs values in"),
         ({"cu_seqlens": torch.tensor([0, 7, 19])}, "cu_seqlens: got"),
         ({"cu_seqlens": torch.tensor([0, 4, 11, 4, 14, 20])}, "cu_seqlens: got .*never decrease"),
+        ({"cu_seqlens": [0, 4, 20]}, "cu_seqlens: got list, needs a tensor"),
+        ({"cu_seqlens": None}, "cu_seqlens: got NoneType, needs a tensor"),
+        ({"advantages": None, "rewards": torch.zeros(B), "groups": 5, "adv_ddof": 1.0}, "adv_ddof: got 1.0"),
         ({"spec": "clip"}, "spec: got str, needs a LossSpec"),
         ({"mask": torch.ones(N)}, "mask: got float32"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask: got .*shape \[20\]"),
@@ -360,3 +363,20 @@ def test_errors(generator, change, message):
     arguments = {"hidden": hidden, "weight": weight, "target": batch.target, "cu_seqlens": CU, "spec": LossSpec()}
     with pytest.raises(KernelInputError, match=message):
         linear_grpo_loss(**{**arguments, **batch.inputs, **{"mask": torch.ones(N, dtype=torch.bool)}, **change})
+
+
+def test_offsets_of_the_host_are_checked_before_they_leave_it():
+    """On a GPU nobody could look at them."""
+    hidden = torch.zeros(N, K, device="meta")
+    check_host_offsets(hidden, CU, torch.tensor([0, B]))
+    with pytest.raises(KernelInputError, match=r"cu_seqlens: got .*never decrease"):
+        check_host_offsets(hidden, torch.tensor([0, 30, N]), None)
+    with pytest.raises(KernelInputError, match="groups: got offsets that end at 9"):
+        check_host_offsets(hidden, CU, torch.tensor([0, 9]))
+
+
+def test_double_precision_is_not_mixed_under_autocast():
+    operands = torch.zeros(N, K, dtype=D), torch.zeros(V, K)
+    for hidden, weight in (operands, (operands[0].float(), operands[1].double())):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(KernelInputError, match="weight: got float"):
+            linear_grpo_loss(hidden, weight, torch.zeros(N, dtype=torch.int64), CU, LossSpec())

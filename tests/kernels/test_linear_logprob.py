@@ -38,6 +38,9 @@ class Head:
     def leaves(self, dtype=D, frozen=()):
         return [x.clone().to(dtype).requires_grad_(i not in frozen) for i, x in enumerate(self.operands)]
 
+    def run_values(self, function, leaves, **options):
+        return function(*leaves[:2], self.target, 0.7, bias=leaves[2], **options).logp
+
     def run(self, function, leaves, upstream, temperature=0.7, **options):
         """Values, and gradients for the upstream ones; None where frozen."""
         hidden, weight, bias = leaves
@@ -101,8 +104,8 @@ def test_partition_stays_in_the_budget(rows, budget):
     assert step >= 1
     assert kept + (step if kept < rows else 0) <= max(budget, 1)
     weight = torch.empty(V, K)
-    assert rows_within(10 * V * 4 + 3, torch.empty(1, K), weight) == 10
-    assert rows_within(1, torch.empty(1, K), weight) == 1
+    assert rows_within(10 * V * 4 + 3, weight, 4) == 10
+    assert rows_within(1, weight, 4) == 1
 
 
 def test_chosen_rows(backend, generator):
@@ -297,7 +300,12 @@ def test_autocast_and_checkpointing(generator):
         ({"target": torch.tensor([0, 5, 1])}, r"target: got 5, needs values in \[0, 5\)"),
         ({"target": torch.tensor([0, 1])}, r"target: got .*shape \[3\]"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
+        ({"temperature": 1e-45}, "temperature: got 1.*needs values from"),
+        ({"temperature": 1e300}, "temperature: got 1e.300"),
+        ({"temperature": torch.tensor([1.0, 1e-45, 1.0])}, "temperature: got 1"),
         ({"budget_bytes": 0}, "budget_bytes: got 0"),
+        ({"budget_bytes": None}, "budget_bytes: got NoneType"),
+        ({"logits_dtype": torch.float64}, "logits_dtype: got torch.float64"),
         ({"live": torch.ones(2, dtype=torch.bool)}, r"live: got .*shape \[3\]"),
         ({"live": torch.ones(3)}, "live: got float32"),
         ({"live": torch.ones(3, dtype=torch.bool, device="meta")}, "live: got .*needs a tensor on the CPU"),
@@ -307,3 +315,33 @@ def test_errors(change, message):
     arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "target": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(KernelInputError, match=message):
         linear_logprob(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [64, 10])
+def test_logits_in_fp32(generator, dtype, budget):
+    """Products of halves as verl's kernel has them: unrounded, so log-probs agree with fp64 to fp32 rounding."""
+    head = Head(generator, rows=64, width=100, vocab=300)
+    upstream = torch.randn(2, 64, generator=generator)
+    leaves = head.leaves(dtype)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = head.run(linear_logprob_ref, exact, upstream.double())
+    options = {"logits_dtype": torch.float32, "budget_bytes": budget * 300 * 6}
+    ours = head.run(linear_logprob, leaves, upstream, **options)
+    torch.testing.assert_close(ours[0], [x.float() for x in truth[0]], atol=2e-5, rtol=2e-5)
+    assert [x.dtype for x in ours[1]] == [dtype] * 3
+    plain = head.run(linear_logprob_ref, leaves, upstream, **options)
+    for got, usual, true in zip(ours[1], plain[1], truth[1], strict=True):
+        error = (usual.double() - true).abs().max()
+        assert (got.double() - true).abs().max() <= 2 * error + torch.finfo(dtype).eps * true.abs().max()
+    with torch.no_grad():
+        assert torch.equal(head.run_values(linear_logprob, leaves, **options), ours[0][0])
+
+
+def test_no_forward_mode(generator):
+    head = Head(generator)
+    hidden, weight, _ = head.leaves()
+    with pytest.raises(RuntimeError, match="linear_logprob has no forward-mode derivative"):
+        torch.func.jvp(lambda h: linear_logprob(h, weight, head.target).logp, (hidden.detach(),), (hidden.detach(),))
+    with torch.autograd.forward_ad.dual_level():  # a level alone does no harm
+        linear_logprob(hidden, weight, head.target)

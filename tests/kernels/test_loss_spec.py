@@ -65,3 +65,12 @@ def test_every_name_makes_a_spec():
         assert [getattr(LossSpec(**{field: name}), field) for name in names] == list(names)
     made = [LossSpec(kl=kl, kl_weight=weight) for kl in KLS[1:] for weight in KL_WEIGHTS]
     assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize("name", ["tau_pos", "reg_eps", "entropy_coef", "beta", "clip_low", "correction_high"])
+def test_what_is_no_number_is_named(name):
+    for value in (None, "0.2"):
+        with pytest.raises(KernelInputError, match=rf"^{name}: got .*, needs a number$"):
+            LossSpec(kl="k3", **{name: value})
+    with pytest.raises(KernelInputError, match="delta: got '3', needs a number or None"):
+        LossSpec(delta="3")

@@ -175,3 +175,21 @@ def test_errors(batch, change, message):
     arguments = {"logits": batch["logits"], "target": batch["target"], "mask": batch["mask"], "spec": SPECS[0]}
     with pytest.raises(KernelInputError, match=message):
         padded_grpo_loss(**{**arguments, **inputs(batch, batch), **change})
+
+
+def test_temperatures_behind_the_mask_count_nowhere(batch):
+    heat = torch.where(batch["mask"], 0.7, math.nan)
+    for function, names in ((padded_grpo_loss, ("logits",)), (padded_linear_grpo_loss, ("hidden", "weight"))):
+        given = [batch[name] for name in (*names, "target", "mask")]
+        losses = [function(*given, SPECS[0], temperature=t, **inputs(batch, batch)).loss for t in (heat, 0.7)]
+        torch.testing.assert_close(*losses)
+
+
+def test_another_default_device(batch):
+    """The host's own tensors stay on the host under torch.set_default_device."""
+    given = {"spec": SPECS[0], **inputs(batch, batch)}
+    rows = [batch[name] for name in ("target", "mask")]
+    with torch.device("meta"):
+        ours = padded_grpo_loss(batch["logits"], *rows, **given).loss
+        padded_linear_grpo_loss(batch["hidden"], batch["weight"], *rows, **given)
+    assert torch.equal(ours, padded_grpo_loss(batch["logits"], *rows, **given).loss)

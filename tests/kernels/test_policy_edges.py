@@ -20,6 +20,8 @@ from vrlt_kernels import (
     use_backend,
 )
 from vrlt_kernels.loss_spec import KL_WEIGHTS, POLICIES
+from vrlt_kernels.policy_coef import mended_offsets
+from vrlt_kernels.policy_inputs import _sums
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])
 
@@ -308,6 +310,10 @@ def test_a_second_derivative_is_refused():
         ({"spec": LossSpec(reduction="dapo")}, "normalizer"),
         ({"normalizer": 0.0}, "normalizer"),
         ({"normalizer": torch.ones(1)}, "normalizer"),
+        ({"normalizer": torch.tensor(0.0, dtype=torch.float64)}, "normalizer"),
+        ({"normalizer": torch.tensor(-2.0)}, "normalizer"),
+        ({"normalizer": "1"}, "normalizer"),
+        ({"normalizer": 0.0, "mask": torch.ones(4, dtype=torch.bool)}, "normalizer"),
         ({"spec": LossSpec(reduction="sum"), "normalizer": 2.0}, "normalizer"),
     ],
 )
@@ -317,3 +323,39 @@ def test_refused_arguments(function, changes, name):
                  "advantages": torch.zeros(2), **changes}  # fmt: skip
     with pytest.raises(KernelInputError, match=rf"^{name}: got .*, needs"):
         function(**arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.tensor(0.0), torch.tensor(0)])
+def test_a_normalizer_of_nothing(value):
+    """Its natural value where all is masked, or there is nothing: the loss is a differentiable 0."""
+    for rows in (4, 0):
+        logp = torch.zeros(rows, requires_grad=True)
+        given = {"advantages": torch.ones(1), "normalizer": value, "mask": torch.zeros(rows, dtype=torch.bool)}
+        loss = policy_loss(logp, torch.tensor([0, rows]), LossSpec(reduction="dapo"), **given).loss
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert loss == 0
+        assert not gradient.any()
+
+
+def test_unchecked_offsets_lead_nowhere():
+    """On a GPU, and under torch.compile, nobody looks at their values: no index may depend on them unclamped."""
+    mask = torch.tensor([1, 0, 1, 1])
+    assert _sums(mask, torch.tensor([0, 2, 9])).tolist() == [1, 2]
+    assert _sums(mask, torch.tensor([0, -5, 4])).tolist() == [0, 3]
+    for wrong in ([0, 2, 9], [0, 3, 1, 4], [1, 2, 4], [-1, 2, 3]):
+        mended, right = mended_offsets(torch.tensor(wrong), 4)
+        assert not right
+        assert mended[0] == 0
+        assert mended[-1] == 4
+        assert bool((mended.diff() >= 0).all())
+    mended, right = mended_offsets(CU, N)
+    assert right
+    assert torch.equal(mended, CU)
+
+
+def test_no_forward_mode():
+    logp = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="policy_loss has no forward-mode derivative"):
+        torch.func.jvp(
+            lambda x: policy_loss(x, torch.tensor([0, 4]), LossSpec(), advantages=torch.ones(1)).loss, (logp,), (logp,)
+        )

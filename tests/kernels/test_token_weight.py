@@ -10,7 +10,12 @@ import torch
 
 from vrlt_kernels._checks import KernelInputError
 from vrlt_kernels._launch import use_backend
-from vrlt_kernels.linear_token_weight import _chunks, linear_token_weight, linear_token_weight_ref
+from vrlt_kernels.linear_token_weight import (
+    _chunks,
+    linear_group_divergence,
+    linear_token_weight,
+    linear_token_weight_ref,
+)
 from vrlt_kernels.token_weight import group_divergence, layout_of, token_weight, token_weight_ref
 
 LENGTHS = [3, 5, 1, 4, 0, 2, 2]
@@ -123,7 +128,9 @@ def test_agreement_has_weight_one(generator: torch.Generator, backend: str) -> N
     same = logits[:3].repeat(3, 1)
     cu = torch.tensor([0, 3, 6, 9])
     layout = layout_of(same, cu, 3)
-    assert torch.equal(group_divergence(same, None, torch.tensor([0.7]), *layout, clamp=11.0)[0], torch.zeros(9))
+    assert torch.equal(
+        group_divergence(same, None, torch.tensor([0.7]), *layout, torch.tensor(11.0))[0], torch.zeros(9)
+    )
     assert torch.equal(token_weight(same, cu, 3, alpha=3.0), torch.ones(9))
 
 
@@ -131,8 +138,8 @@ def test_small_disagreement_is_no_rounding(generator: torch.Generator, backend: 
     """Rows that differ by 1e-4: D is of the order of 1e-6, where e^d - 1 - d in fp32 is all rounding."""
     logits = (torch.rand(1, 123, generator=generator) + 1e-4 * torch.randn(12, 123, generator=generator)).float()
     layout = layout_of(logits, torch.arange(0, 13, 4), 3)
-    want = group_divergence(logits.double(), None, torch.ones(1, dtype=torch.float64), *layout, clamp=11.0)[0]
-    got = group_divergence(logits, None, torch.ones(1), *layout, clamp=11.0)[0]
+    want = group_divergence(logits.double(), None, torch.ones(1, dtype=torch.float64), *layout, torch.tensor(11.0))[0]
+    got = group_divergence(logits, None, torch.ones(1), *layout, torch.tensor(11.0))[0]
     assert 1e-7 < float(want.min()) < 1e-5
     torch.testing.assert_close(got.double(), want, atol=0, rtol=0.03)
 
@@ -244,7 +251,7 @@ def test_operators(generator: torch.Generator, backend: str) -> None:
     logits = random_logits(generator, vocab=9).requires_grad_()
     inverse = torch.ones(1, dtype=torch.float64)
     arguments = (logits, None, inverse, *layout_of(logits, CU, OFFSETS))
-    torch.library.opcheck(group_divergence, arguments, {"clamp": 11.0})
+    torch.library.opcheck(group_divergence, (*arguments, torch.tensor(11.0)))
 
 
 def test_compiles_without_a_break(generator: torch.Generator, backend: str) -> None:
@@ -262,7 +269,7 @@ def head(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
-@pytest.mark.parametrize("budget", [1.0, 50 * 8 * 4.0, 1e9])
+@pytest.mark.parametrize("budget", [1.0, 50 * 8 * 4.0, math.inf])
 def test_linear(generator: torch.Generator, backend: str, budget: float) -> None:
     hidden, weight, bias = head(generator)
     options = {"alpha": 1.7, "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64), "bias": bias}
@@ -306,6 +313,8 @@ def test_chunks_keep_the_budget_and_positions_together(most: int) -> None:
         ({"alpha": math.inf}, "alpha: got inf"),
         ({"clamp": 0.0}, "clamp: got 0.0"),
         ({"clamp": 90.0}, "clamp: got 90.0"),
+        ({"logits": torch.zeros(N, 20000), "clamp": 80.0}, r"clamp: got 80.0, needs a number in \(0, 78.1\]"),
+        ({"alpha": None}, "alpha: got None"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"temperature": torch.ones(3)}, "temperature: got float32"),
         ({"lse": torch.zeros(N, dtype=torch.float64)}, "lse: got float64"),
@@ -323,7 +332,9 @@ def test_errors(change: dict[str, object], message: str) -> None:
         ({"weight": torch.zeros(4, 3)}, "weight: got"),
         ({"weight": torch.zeros(4, 2, dtype=torch.float64)}, "weight: got float64"),
         ({"bias": torch.zeros(3)}, "bias: got"),
+        ({"weight": torch.zeros(0, 2)}, "weight: got .*at least one row"),
         ({"budget_bytes": 0}, "budget_bytes: got 0"),
+        ({"budget_bytes": None}, "budget_bytes: got NoneType"),
         ({"groups": 2}, "groups: got 2"),
     ],
 )
@@ -343,3 +354,43 @@ def test_a_group_size_is_offsets(generator: torch.Generator) -> None:
     logits = random_logits(generator, rows=8)
     cu = torch.tensor([0, 3, 4, 6, 8])
     assert torch.equal(token_weight(logits, cu, 2), token_weight(logits, cu, torch.tensor([0, 2, 4])))
+
+
+def test_a_call_in_inference_mode_leaves_later_ones_alone(generator: torch.Generator) -> None:
+    """What is kept between calls must serve a backward pass, whoever made it."""
+    logits = random_logits(generator).float()
+    options = {"temperature": 0.7731, "released": True}
+    with torch.inference_mode():
+        token_weight(logits, CU, OFFSETS, **options)
+    token_weight(logits.requires_grad_(), CU, OFFSETS, **options).sum().backward()
+    assert logits.grad is not None
+
+
+def test_linear_under_autocast(generator: torch.Generator) -> None:
+    hidden, weight, bias = (x.detach().float() for x in head(generator))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_token_weight(hidden.bfloat16(), weight, CU, OFFSETS, bias=bias)
+    halves = (x.bfloat16() for x in (hidden, weight))
+    assert torch.equal(ours, linear_token_weight(*halves, CU, OFFSETS, bias=bias.bfloat16()))
+
+
+def test_linear_operator(generator: torch.Generator) -> None:
+    layout = list(layout_of(torch.empty(N, 1), CU, OFFSETS))
+    arguments = (*head(generator), torch.ones(1, dtype=torch.float64), layout, torch.tensor(11.0))
+    torch.library.opcheck(linear_group_divergence, arguments, {"budget_rows": 4})
+
+
+def test_the_largest_clamp_is_finite() -> None:
+    """A row with most of its tokens at -inf: the sum over the vocabulary, not e^clamp alone, must be finite."""
+    logits = torch.zeros(8, 20000)
+    logits[2, :15000] = -torch.inf
+    weights = token_weight(logits, torch.tensor([0, 2, 4, 6, 8]), 2, clamp=78.0)
+    assert bool(weights.isfinite().all())
+
+
+def test_linear_on_another_default_device(generator: torch.Generator) -> None:
+    """The host's own tensors stay on the host under torch.set_default_device."""
+    hidden, weight, _ = head(generator)
+    with torch.device("meta"):
+        ours = linear_token_weight(hidden, weight, CU, OFFSETS)
+    assert torch.equal(ours, linear_token_weight(hidden, weight, CU, OFFSETS))

@@ -34,7 +34,6 @@ class Provider:
         prepare: the arm of a problem.
         obstacle: why it can't run on this device, or is not installed; empty where it can.
         cross_entropy: it computes the sum of -log p instead of a policy loss: the line nobody can beat by much.
-        tolerance: largest error against fp64 in its half precision; fp32 has 1e-3 unless this is smaller.
         rough: its fp32 products may be TF32.
     """
 

@@ -31,7 +31,6 @@ SCALES: Tuple[str, ...] = (
     "reinforce++_baseline",
 )
 """Those from "batch" on look at the whole batch. The place of a name is its code in the kernel."""
-BATCH_WIDE = frozenset(SCALES[5:])
 COMBINE: Tuple[str, ...] = ("sum_then_normalize", "normalize_then_sum", "normalize_then_sum_then_whiten")
 Groups = Union[int, torch.Tensor]
 
@@ -90,11 +89,41 @@ def _prepare(
         if weights is not None:
             raise check.bad("weights", "weights for rewards [R]", "rewards [R, K]")
         return size, offsets, None
-    dtype = check.compute_dtype(rewards)
-    kinds = rewards.shape[1]
-    given = torch.ones(kinds) if weights is None else torch.as_tensor(weights)
-    check.tensor("weights", given, shape=[kinds])
-    return size, offsets, given.to(rewards.device, dtype)
+    return size, offsets, _weights(weights, rewards)
+
+
+def _is_finite(value: Any) -> bool:
+    try:  # not math.isfinite, which torch.compile can't trace for a number that changes
+        return bool(float("-inf") < value < float("inf"))
+    except TypeError:
+        return False
+
+
+def _weights(weights: Optional[Union[torch.Tensor, Sequence[float]]], rewards: torch.Tensor) -> torch.Tensor:
+    """[K] on the device of the rewards, constants."""
+    kinds, dtype = rewards.shape[1], check.compute_dtype(rewards)
+    if weights is None:
+        return torch.ones(kinds, dtype=dtype, device=rewards.device)
+    if isinstance(weights, torch.Tensor):
+        check.tensor("weights", weights, shape=[kinds])
+        given = weights.detach().to(torch.float64)
+    else:
+        try:
+            numbers = list(weights)
+        except TypeError:
+            raise check.bad("weights", type(weights).__name__, f"shape [{kinds}]") from None
+        if len(numbers) != kinds:
+            raise check.bad("weights", f"{len(numbers)} numbers", f"shape [{kinds}], one for each reward of a response")
+        wrong = [weight for weight in numbers if not _is_finite(weight)]
+        if wrong:
+            raise check.bad("weights", f"{wrong[0]!r} among them", "finite numbers")
+        # one by one: torch.compile would make constants of a list's numbers
+        given = torch.empty(0, dtype=torch.float64, device="cpu")
+        if numbers:
+            given = torch.stack([scalar(weight, torch.float64) for weight in numbers])
+    if given.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(given.isfinite().all()):
+        raise check.bad("weights", given.tolist(), "finite numbers")
+    return given.to(rewards.device, dtype)
 
 
 def group_advantages(
@@ -105,7 +134,6 @@ def group_advantages(
     eps: float = 1e-4,
     ddof: int = 1,
     singleton: str = "zero",
-    nan: str = "zero",
     weights: Optional[Union[torch.Tensor, Sequence[float]]] = None,
     combine: str = "sum_then_normalize",
     lengths: Optional[torch.Tensor] = None,
@@ -113,7 +141,8 @@ def group_advantages(
     """Advantages fp32 [R] (fp64 for fp64 rewards), without gradient, of rewards [R] or [R, K], any float type.
 
     One launch for the modes of a group, two for those of the whole batch. A group whose rewards are all equal gets
-    exactly 0 (but for "reinforce++", which knows no groups).
+    exactly 0 (but for "reinforce++", which knows no groups). A reward that is not finite gets 0 and is left out of all
+    statistics; of several rewards of a response, those that are.
 
     Args:
         groups: the size of every group, or offsets int32/int64 [groups + 1] of consecutive responses.
@@ -121,8 +150,8 @@ def group_advantages(
         eps: added to the standard deviation.
         ddof: what is taken from the count in the standard deviation: 1 (unbiased) or 0. Too few values: 0.
         singleton: a group with one finite reward gets "zero", or its reward "raw" (mean 0, deviation 1; as verl does).
-        nan: only "zero": a reward that is not finite gets 0 and is left out of all statistics.
-        weights: [K], of the rewards of a response; default 1.
+        weights: [K], finite, of the rewards of a response; constants, default 1. On CUDA they aren't looked at: with
+            one that isn't finite all advantages are NaN.
         combine: "sum_then_normalize": weighted sum first, its parts that are NaN left out; "normalize_then_sum": every
             reward gets its advantages, then the weighted sum; "normalize_then_sum_then_whiten": and that is whitened
             over the batch (GDPO).
@@ -134,7 +163,6 @@ def group_advantages(
     """
     check_options(scale=scale, eps=eps, ddof=ddof)
     check.one_of("singleton", singleton, ("zero", "raw"))
-    check.one_of("nan", nan, ("zero",))
     check.one_of("combine", combine, COMBINE)
     if scale == "opo" and lengths is None:
         raise check.bad("lengths", "None with scale 'opo'", "the tokens of each response")
@@ -150,27 +178,29 @@ def group_advantages(
 
     if given is None:
         return run(rewards, scale)
-    rewards = rewards.to(given.dtype)
+    rewards, refused = rewards.to(given.dtype), ~given.isfinite().all()
     if combine == "sum_then_normalize":
         missing = rewards.isnan()
         total = torch.where(missing, 0.0, rewards * given).sum(1)
         total = total.masked_fill(missing.all(1), float("nan"))
-        return run(total, scale)
+        return run(total, scale).masked_fill(refused, float("nan"))
     columns = [
         run(column.contiguous(), scale) * weight
         for column, weight in zip(rewards.unbind(1), given.unbind(), strict=True)
     ]
     out = torch.stack(columns).sum(0) if columns else rewards.new_zeros(len(rewards))
-    return run(out, "reinforce++") if combine == "normalize_then_sum_then_whiten" else out
+    if combine == "normalize_then_sum_then_whiten":
+        out = run(out.masked_fill(~rewards.isfinite().any(1), float("nan")), "reinforce++")
+    return out.masked_fill(refused, float("nan"))
 
 
 def check_options(*, scale: str, eps: float, ddof: int, prefix: str = "") -> None:
     """The options that policy_coef takes too, under names with a prefix."""
     check.one_of(prefix + "scale", scale, SCALES)
-    if not eps >= 0:
-        raise check.bad(prefix + "eps", eps, "a number of at least 0")
-    if ddof not in (0, 1):
-        raise check.bad(prefix + "ddof", ddof, "0 or 1")
+    if not _is_finite(eps) or eps < 0:
+        raise check.bad(prefix + "eps", repr(eps), "a finite number of at least 0")
+    if isinstance(ddof, bool) or not isinstance(ddof, (int, torch.SymInt)) or ddof not in (0, 1):
+        raise check.bad(prefix + "ddof", repr(ddof), "0 or 1, an int")
 
 
 def group_advantages_ref(rewards: torch.Tensor, groups: Groups, **options: object) -> torch.Tensor:

@@ -75,8 +75,7 @@ def advantages_ref(
     live, values = out[finite], rewards[finite]
     if scale == "batch":
         equal = len(values) == 0 or bool((values == values[0]).all())
-        std = values.std(correction=ddof) if len(values) > ddof and not equal else live.new_zeros(())
-        out[finite] = live / (std + eps)
+        out[finite] = torch.zeros_like(live) if equal else live / (values.std(correction=ddof) + eps)
     elif scale.startswith("reinforce++"):
         weight = torch.ones_like(live) if lengths is None else lengths[finite]
         out[finite] = _whiten(live, weight, eps, ddof)

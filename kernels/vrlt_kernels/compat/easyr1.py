@@ -14,8 +14,8 @@ import torch
 from .._checks import bad, describe, one_of
 from ..loss_spec import LossSpec
 from ..policy_coef import policy_loss
-from ..token_logprob import token_logprob
 from ._patch import Functions, Handle, replace
+from ._rows import logprob_of
 
 VERSIONS = ("0.3.3.dev0",)
 _POLICIES = {"default": "clip", "gspo": "gspo", "gspo_token": "gspo_token", "cispo": "cispo", "sapo": "sapo"}
@@ -25,17 +25,14 @@ _IGNORED = -100
 
 
 def log_probs_from_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`verl.utils.torch_functional.log_probs_from_logits`: log-probs of ``labels`` [...], of logits [..., V].
+    """`verl.utils.torch_functional.log_probs_from_logits`: log-probs [...] of as many labels, of logits [..., V].
 
     A label of -100 has log-prob 0 and no gradient, as in both of EasyR1's own ways. The backward pass writes the
-    gradient over the logits, as EasyR1's does with flash-attn.
+    gradient over the logits, as EasyR1's does with flash-attn, if they aren't a slice of others as logits[:, :-1].
     """
-    if labels.shape != logits.shape[:-1]:
-        raise bad("labels", describe(labels), f"the shape {list(logits.shape[:-1])} of the rows of the logits")
-    flat = labels.reshape(-1)
-    ignored = flat == _IGNORED
-    out = token_logprob(logits.reshape(-1, logits.shape[-1]), flat.masked_fill(ignored, 0), inplace=True)
-    return out.logp.masked_fill(ignored, 0.0).view(labels.shape)
+    ignored = labels == _IGNORED
+    logp = logprob_of(logits, labels.masked_fill(ignored, 0), inplace=True).logp
+    return logp.masked_fill(ignored.view(logp.shape), 0.0)
 
 
 def compute_policy_loss(

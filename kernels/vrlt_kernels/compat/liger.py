@@ -5,7 +5,9 @@ Liger's conventions: advantages are per sequence [B]; CISPO's only bound is `eps
 empty sequence counts in B; "dapo", "cispo" and "vespo" are divided by the tokens of all processes over their number.
 What differs, because Liger is wrong there: "luspo" is the sum of the unmasked tokens' losses, mean over the sequences;
 Liger's changes with padding, and its gradient on logits by token is another one. With ``delta`` below 1 + eps_high the
-gradient is that of the loss. Masked positions may hold anything, NaN and -100 included. Log-probs and sums are fp32.
+gradient is that of the loss. Masked positions may hold anything, NaN and -100 included. Log-probs and sums are fp32; a
+bias is added in the dtype of the hidden states. A mask of other numbers than 0 and 1, and a ratio below 0, raise; on a
+GPU, where they would have to be waited for, they make the loss NaN.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def triton_grpo_loss(
         "normalizer": normalizer(
             loss_type,
             layout.mask,
-            length if max_completion_length is None else max_completion_length,
+            max(length, 1) if max_completion_length is None else max_completion_length,
             num_items_in_batch,
         ),
     }
@@ -174,16 +176,17 @@ def liger_fused_linear_grpo(
     """
     tensor("_input", _input, shape=[None, None, None])
     if loss_type == "dr_grpo" and max_completion_length is None:
-        raise bad("max_completion_length", None, "a length with loss_type 'dr_grpo'")
+        raise bad("max_completion_length", None, "a length above 0 with loss_type 'dr_grpo'")
     if use_ref_model and ref_per_token_logps is None and ref_input is None:
         raise bad("ref_per_token_logps", None, "log-probs, or ref_input and ref_weight, with use_ref_model")
     with_kl = beta != 0.0 and use_ref_model
     spec = spec_of(
         loss_type, importance_sampling_level, beta=beta if with_kl else None, clip=(epsilon_low, epsilon_high),
         delta=delta, taus=(sapo_temperature_pos, sapo_temperature_neg), weigh_kl=use_bias_correction_kl,
+        clip_names=("epsilon_low", "epsilon_high"),
     )  # fmt: skip
     layout = Layout(attention_mask, "attention_mask", tuple(_input.shape[:2]), _input, spare=0)
-    weight = weight.to(_input.dtype)
+    weight, bias = weight.to(_input.dtype), None if bias is None else bias.to(_input.dtype)
     rows, target = _input.reshape(-1, _input.shape[-1]), layout.targets("selected_token_ids", selected_token_ids)
     arguments: Dict[str, Any] = {
         "mask": layout.rows("attention_mask", layout.mask),
@@ -289,10 +292,10 @@ def _reference(
     if hidden is None or weight is None:
         raise bad("ref_weight", None, "the reference's head with ref_input")
     tensor("ref_input", hidden, shape=[None, None, None])
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else bias.to(hidden.dtype)
     with torch.no_grad():
-        return linear_logprob(
-            hidden.reshape(-1, hidden.shape[-1]), weight.to(hidden.dtype), target, temperature, bias=bias
-        ).logp
+        return linear_logprob(rows, weight.to(hidden.dtype), target, temperature, bias=bias).logp
 
 
 __all__ = ["LigerFusedLinearGRPOLoss", "liger_fused_linear_grpo", "triton_grpo_loss"]

@@ -1,7 +1,7 @@
 """What open-r1 trains with: the GRPO trainer of TRL 0.18.0, the version that it pins.
 
-Its one function of logits is `selective_log_softmax`, without temperature or mask. Ours returns fp32 for bf16 logits,
-where TRL 0.18's log-probs are bf16 (steps of 0.06 at a log-prob of -10).
+Its one function of logits is `selective_log_softmax`, without temperature or mask; the log-probs have the dtype of the
+logits, on every device.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ import sys
 
 import torch
 
-from . import trl
+from .._checks import bad, describe
 from ._patch import Handle, replace
+from ._rows import in_half, logprob_of
 
 VERSIONS = ("0.18.0",)
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`trl.trainer.utils.selective_log_softmax` of TRL 0.18: log-probs of ``index`` [...], of logits [..., V]."""
-    return trl.selective_log_softmax(logits, index)
+    if index.shape != logits.shape[:-1]:
+        raise bad("index", describe(index), f"the shape {list(logits.shape[:-1])} of the rows of the logits")
+    logp = logprob_of(logits, index, name="index").logp
+    return in_half(logits, logp, labels=index)[0] if logits.dtype in (torch.float16, torch.bfloat16) else logp
 
 
 def apply(target: object) -> Handle:

@@ -1,8 +1,9 @@
 """TRL 1.16's functions of logits and of the language-model head, with its names and signatures.
 
-What differs from TRL's own: log-probs and entropies are fp32 (fp64 for fp64) whatever the logits' dtype and device, as
-TRL's own are on a GPU; rows with -inf logits have a finite entropy; masked rows get an exactly zero gradient, even
-where their logits are NaN. `final_logit_softcapping` and a head that DeepSpeed ZeRO-3 has partitioned aren't supported.
+As TRL's own, log-probs and entropies of fp16 and bf16 logits are fp32 where its kernel runs (on a GPU, one token a
+row), and of the logits' dtype elsewhere. What differs: rows with -inf logits have a finite entropy; masked rows get an
+exactly zero gradient, even where their logits are NaN. `final_logit_softcapping` and a head that DeepSpeed ZeRO-3 has
+partitioned aren't supported.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import Optional, Tuple
 
 import torch
 
-from .._checks import bad, describe
+from .._checks import INTEGERS, bad, describe
 from .._launch import has_triton
 from ..linear_logprob import linear_logprob
-from ..token_logprob import token_logprob
 from ._patch import Functions, Handle, replace
+from ._rows import in_half, logprob_of
 
 VERSIONS = ("1.16.0",)
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_TRITON = has_triton()  # once: torch.compile warns of a call that is cached
+_HALF = (torch.float16, torch.bfloat16)
 _TOP1_BYTES = 2**28  # of the logits tile that `is_top1` looks at
 
 
@@ -36,11 +39,15 @@ def selective_log_softmax(
         temperature: the logits are divided by it.
         row_mask: of ``index``'s shape; log-probs are 0 where it is 0.
     """
-    if index.dim() == logits.dim():
-        columns = [_logprob_entropy(logits, column, temperature, None)[0] for column in index.unbind(-1)]
-        logp = torch.stack(columns, dim=-1) if columns else logits.new_zeros(index.shape)
-        return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0.0)
-    return _logprob_entropy(logits, index, temperature, row_mask)[0]
+    if index.dim() != logits.dim():
+        return _logprob_entropy(logits, index, temperature, row_mask, wide=_in_a_kernel(logits, index, row_mask))[0]
+    if row_mask is not None:
+        index = _unmasked(index, row_mask)
+    columns = [_logprob_entropy(logits, column, temperature, None, wide=True)[0] for column in index.unbind(-1)]
+    logp = torch.stack(columns, dim=-1) if columns else logits.new_zeros(index.shape)
+    if logits.dtype in _HALF:
+        logp, _ = in_half(logits, logp, labels=index, temperature=temperature)
+    return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0.0)
 
 
 def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Tensor:
@@ -48,8 +55,8 @@ def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Te
 
     Nothing of [..., V] is stored but the gradient, so that there is nothing to chunk and ``chunk_size`` has no effect.
     """
-    index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return _logprob_entropy(logits, index, 1.0, None)[1]
+    entropy = logprob_of(logits).entropy
+    return in_half(logits, entropy=entropy)[1] if logits.dtype in _HALF and not _in_a_kernel(logits) else entropy
 
 
 def selective_log_softmax_and_entropy(
@@ -60,7 +67,8 @@ def selective_log_softmax_and_entropy(
     row_mask: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """`trl.trainer.utils.selective_log_softmax_and_entropy`: both [...] from one pass, 0 where ``row_mask`` is 0."""
-    logp, entropy = _logprob_entropy(logits, index, temperature, row_mask)
+    wide = _in_a_kernel(logits, index, row_mask)
+    logp, entropy = _logprob_entropy(logits, index, temperature, row_mask, wide=wide)
     return logp, entropy if entropy_requires_grad else entropy.detach()
 
 
@@ -71,21 +79,41 @@ def fused_selective_log_softmax_and_entropy(
     row_mask: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """`trl.kernels.selective_log_softmax_and_entropy`, which has other arguments than the trainers' function."""
-    return _logprob_entropy(logits, index, temperature, row_mask)
+    return _logprob_entropy(logits, index, temperature, row_mask, wide=True)
+
+
+def _in_a_kernel(
+    logits: torch.Tensor, index: Optional[torch.Tensor] = None, row_mask: Optional[torch.Tensor] = None
+) -> bool:
+    """Whether TRL would run its Triton kernel, which returns fp32; its PyTorch functions keep the logits' dtype."""
+    return (
+        _TRITON
+        and logits.device.type in ("cuda", "xpu")
+        and 1 <= logits.dim() <= 3
+        and logits.stride(-1) == 1
+        and (index is None or (index.shape == logits.shape[:-1] and index.dtype in INTEGERS))
+        and (row_mask is None or row_mask.dtype in (torch.bool, *INTEGERS))
+    )
+
+
+def _unmasked(index: torch.Tensor, row_mask: torch.Tensor) -> torch.Tensor:
+    """A masked row may hold an ignored label such as -100."""
+    if row_mask.shape != index.shape:
+        raise bad("row_mask", describe(row_mask), f"the shape {list(index.shape)} of index")
+    return index.masked_fill(row_mask == 0, 0)
 
 
 def _logprob_entropy(
-    logits: torch.Tensor, index: torch.Tensor, temperature: float, row_mask: Optional[torch.Tensor]
+    logits: torch.Tensor, index: torch.Tensor, temperature: float, row_mask: Optional[torch.Tensor], *, wide: bool
 ) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Both [...], of half-precision logits in fp32 where ``wide``, else in the logits' dtype."""
     if index.shape != logits.shape[:-1]:
         raise bad("index", describe(index), f"the shape {list(logits.shape[:-1])} of the rows of the logits")
-    if row_mask is not None and row_mask.shape != index.shape:
-        raise bad("row_mask", describe(row_mask), f"the shape {list(index.shape)} of index")
-    flat = index.reshape(-1)
-    if row_mask is not None:  # a masked row may hold an ignored label such as -100
-        flat = flat.masked_fill(row_mask.reshape(-1) == 0, 0)
-    out = token_logprob(logits.reshape(-1, logits.shape[-1]), flat, temperature)
-    logp, entropy = out.logp.view(index.shape), out.entropy.view(index.shape)
+    if row_mask is not None:
+        index = _unmasked(index, row_mask)
+    logp, entropy, _ = logprob_of(logits, index, temperature, name="index")
+    if logits.dtype in _HALF and not wide:
+        logp, entropy = in_half(logits, logp, entropy, labels=index, temperature=temperature)
     if row_mask is not None:
         masked = row_mask == 0
         logp, entropy = logp.masked_fill(masked, 0.0), entropy.masked_fill(masked, 0.0)
@@ -182,7 +210,7 @@ def apply(target: object) -> Handle:
         },
         "trl.kernels.chunked_logprob": {"ChunkedLogProbFunction": chunked_logprob},
     }
-    if has_triton():  # TRL has the module's function only then
+    if _TRITON:  # TRL has the module's function only then
         ours["trl.kernels.logprob_entropy"] = {
             "selective_log_softmax_and_entropy": fused_selective_log_softmax_and_entropy
         }

@@ -1,8 +1,9 @@
 """verl 0.9's functions of logits and of the language-model head, with its names and signatures.
 
-What differs from verl's own: log-probs and entropies of logits are fp32 (fp64 for fp64) on every device, as verl's are
-with flash-attn; rows with -inf logits have a finite entropy; a vocabulary that is no multiple of a tile is read to its
-end and no further. Tensor parallelism (`dist_process_group`) isn't supported.
+Log-probs are fp32 (fp64 for fp64) on every device, as verl's are with flash-attn; so are `linear_cross_entropy`'s
+entropies and those "with chunking". The other entropies have the dtype of the logits or hidden states, as verl's have.
+What differs: rows with -inf logits have a finite entropy; sum p^2 has no gradient; a vocabulary that is no multiple of
+a tile is read to its end and no further. Tensor parallelism (`dist_process_group`) isn't supported.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 
 from .._checks import bad, describe, one_of
 from ..linear_logprob import linear_logprob
-from ..token_logprob import TokenLogprob, token_logprob
 from ._patch import Functions, Handle, replace
+from ._rows import logprob_of
 
 VERSIONS = ("0.9.1",)
 
@@ -47,7 +48,10 @@ def linear_cross_entropy(
     one_of("reduction", kind, ("none", "sum", "mean"))
     if temperature is None:
         raise bad("temperature", None, "a number above 0")
-    out = linear_logprob(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    # verl's kernel keeps the products in fp32, where a linear layer rounds them to the dtype of the hidden states
+    wide = torch.float32 if hidden.dtype in (torch.float16, torch.bfloat16) else None
+    out = linear_logprob(rows, weight, labels.reshape(-1), temperature, logits_dtype=wide)
     logp = out.logp if kind == "none" else out.logp.sum() if kind == "sum" else out.logp.mean()
     return logp, out.entropy
 
@@ -73,38 +77,31 @@ def fused_linear_for_ppo(
 
 
 def logprobs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
-    """`verl.utils.torch_functional.logprobs_from_logits`: log-probs of ``labels`` [...], of logits [..., V].
+    """`verl.utils.torch_functional.logprobs_from_logits`: log-probs [...] of logits [..., V].
 
-    With ``inplace_backward`` the backward pass writes the gradient over the logits; on every device, where verl's own
-    does so with flash-attn only.
+    ``labels`` may have any shape with as many elements, in the same order. With ``inplace_backward`` the backward pass
+    writes the gradient over the logits, if they aren't a slice of others as logits[:, :-1]; on every device, where
+    verl's own does so with flash-attn only.
     """
-    return _of_logits(logits, labels, inplace=inplace_backward).logp.view(labels.shape)
+    return logprob_of(logits, labels, inplace=inplace_backward).logp
 
 
 def entropy_from_logits(logits: torch.Tensor) -> torch.Tensor:
-    """`verl.utils.torch_functional.entropy_from_logits`: entropy [...] in nats, of logits [..., V]."""
-    return _of_logits(logits, None).entropy.view(logits.shape[:-1])
+    """`verl.utils.torch_functional.entropy_from_logits`: entropy [...] in nats, of logits [..., V], in their dtype."""
+    return logprob_of(logits).entropy.to(logits.dtype)
 
 
 def entropy_from_logits_with_chunking(logits: torch.Tensor, chunk_size: int = 2048) -> torch.Tensor:
-    """`verl.utils.torch_functional.entropy_from_logits_with_chunking`: the entropy; ``chunk_size`` has no effect."""
-    return entropy_from_logits(logits)
+    """`verl.utils.torch_functional.entropy_from_logits_with_chunking`: fp32 entropy (fp64 for fp64).
+
+    ``chunk_size`` has no effect: nothing of the logits' size is made.
+    """
+    return logprob_of(logits).entropy
 
 
 def calculate_sum_pi_squared_from_logits(logits: torch.Tensor) -> torch.Tensor:
     """`verl.utils.torch_functional.calculate_sum_pi_squared_from_logits`: sum_v p_v^2 [...], detached."""
-    return cast(torch.Tensor, _of_logits(logits, None, want_sum_p2=True).sum_p2).view(logits.shape[:-1])
-
-
-def _of_logits(
-    logits: torch.Tensor, labels: Optional[torch.Tensor], *, want_sum_p2: bool = False, inplace: bool = False
-) -> TokenLogprob:
-    if labels is None:
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    if labels.shape != logits.shape[:-1]:
-        raise bad("labels", describe(labels), f"the shape {list(logits.shape[:-1])} of the rows of the logits")
-    rows = logits.reshape(-1, logits.shape[-1])
-    return token_logprob(rows, labels.reshape(-1), want_sum_p2=want_sum_p2, inplace=inplace)
+    return cast(torch.Tensor, logprob_of(logits, want_sum_p2=True).sum_p2).to(logits.dtype)
 
 
 def apply(target: object) -> Handle:

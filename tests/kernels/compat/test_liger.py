@@ -276,7 +276,7 @@ def test_signatures() -> None:
         ("importance_sampling_level", {"importance_sampling_level": "batch"}),
         ("importance_sampling_level", {"importance_sampling_level": "sequence", "loss_type": "cispo"}),
         ("delta", {"delta": 2.0, "loss_type": "sapo"}),
-        ("tau_pos", {"sapo_temperature_pos": 0.0, "loss_type": "sapo"}),
+        ("sapo_temperature_pos", {"sapo_temperature_pos": 0.0, "loss_type": "sapo"}),
         ("vllm_is_ratio", {"vllm_is_ratio": torch.ones(B, 2)}),
         ("temperature", {"temperature": -1.0}),
         ("ref_logp", {"ref_logp": None}),

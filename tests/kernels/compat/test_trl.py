@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,12 +69,46 @@ def test_selective_log_softmax_of_several_tokens(generator: torch.Generator) -> 
     parity(lambda f: f(logits, index), ours.selective_log_softmax, utils.selective_log_softmax, [logits], 1e-12)
 
 
-def test_selective_log_softmax_in_bf16_is_nearer_the_truth(generator: torch.Generator) -> None:
-    logits, index = rows(generator, torch.bfloat16, 2, 3)
-    truth = torch.log_softmax(logits.double(), -1).gather(-1, index[..., None])[..., 0]
-    mine, theirs = (f(logits, index) for f in (ours.selective_log_softmax, utils.selective_log_softmax))
-    assert mine.dtype == torch.float32
-    assert (mine - truth).abs().max() < 1e-5 < (theirs - truth).abs().max()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_trls_bits(generator: torch.Generator, dtype: torch.dtype) -> None:
+    logits, index = rows(generator, dtype, 4, 30)
+    for name, given in (
+        ("selective_log_softmax", (logits, index)),
+        ("selective_log_softmax", (logits, index[..., None].repeat(1, 1, 3))),
+        ("entropy_from_logits", (logits,)),
+        ("selective_log_softmax_and_entropy", (logits, index, True, 1.0, index % 3)),
+    ):
+        mine, theirs = (getattr(m, name)(*given) for m in (ours, utils))
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (mine, theirs)), strict=True):
+            assert a.dtype == b.dtype == dtype
+            assert torch.equal(a, b)
+    mine, theirs = (m.selective_log_softmax(logits, index, temperature=0.7) for m in (ours, utils))
+    torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def looks(x: torch.Tensor, device: str) -> Any:
+    """What is asked of a tensor, as if it were on a device."""
+    return SimpleNamespace(
+        device=torch.device(device), dtype=x.dtype, ndim=x.ndim, dim=x.dim, shape=x.shape, stride=x.stride
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_fp32_where_trl_has_a_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "_TRITON", True)
+    found = []
+    x = torch.empty(2, 3, 4, 5, dtype=torch.bfloat16)
+    for part in (x, x[0], x[0, 0], x[0, :, 1:], x[0, 0, 0], x[0].transpose(1, 2)):
+        cases: list[list[Any]] = [[]]
+        for shape, dtype in itertools.product((part.shape[:-1], part.shape), (torch.int64, torch.int16)):
+            index = torch.zeros(shape, dtype=dtype)
+            cases += [[index], *([index, mask] for mask in (index, index != 0, index.float()))]
+        for case in cases:
+            given = [looks(y, device) for y in (part, *case)]
+            found.append(ours._in_a_kernel(*given))
+            assert found[-1] == utils._supports_trl_loss_kernel(*given)
+    assert any(found) == (device == "cuda")
+    assert not all(found)
 
 
 def test_row_mask(generator: torch.Generator) -> None:

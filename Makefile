@@ -20,7 +20,7 @@ test: check
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
 test-full: check
-	$(PYTEST) -n 2 -m "not gpu"
+	$(BIN)/python -m bench full_suite
 
 check: $(READY)
 	$(BIN)/ruff check .

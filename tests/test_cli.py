@@ -17,6 +17,7 @@ from vrlt_fast.cli import eval_config, main
 from vrlt_fast.cli_args import parse
 from vrlt_fast.config_load import dump_toml, load_config
 from vrlt_fast.errors import ConfigError
+from vrlt_kernels import availability
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
@@ -181,7 +182,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     assert ways["device: cuda"]["active"] == torch.cuda.is_available()
-    assert not ways["kernels: triton"]["active"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert {b: ways[f"kernels: {b}"]["active"] for b in ("triton", "native", "reference")} == {
+        backend: not obstacle for backend, obstacle in availability(device).items()
+    }
     assert all(way["why"] for way in ways.values())
     assert main(["doctor"]) == code
     out = capsys.readouterr().out

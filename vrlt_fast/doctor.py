@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import Any
 from vrlt_fast import __version__
 
 _NEEDED = ("torch", "transformers", "safetensors", "numpy", "pydantic", "tomli-w", "rich", "av")
-# Package to what installs it. triton comes with vrlt-fast on Linux; nothing of this version runs it.
+# Package to what installs it. triton comes with vrlt-fast on Linux.
 _OPTIONAL = {
     "triton": "triton",
     "scikit-video": "'vrlt-fast[demo]'",
@@ -79,9 +80,7 @@ def _ways(system: dict[str, str], optional: dict[str, str]) -> tuple[Way, ...]:
     later = "not in this version"
     return (
         Way("device: cuda", gpu, system["cuda"] if gpu else f"training runs on the CPU: {system['cuda']}"),
-        Way("kernels: reference", True, "loss and advantages are plain PyTorch"),
-        Way("kernels: triton", False, later),
-        Way("kernels: compiled", False, later),
+        *_kernels(gpu),
         Way("video: PyAV on the CPU", bool(system["ffmpeg"]), system["ffmpeg"] or "the package av is missing"),
         Way("video: NVDEC", False, later),
         Way("rollout: in process", True, "one prefill a group, the model's own weights"),
@@ -91,6 +90,21 @@ def _ways(system: dict[str, str], optional: dict[str, str]) -> tuple[Way, ...]:
             for name in ("tensorboard", "trackio", "wandb")
         ),
     )
+
+
+def _kernels(gpu: bool) -> Iterator[Way]:
+    """The backends of vrlt_kernels on the device that a run takes."""
+    if find_spec("torch") is None:
+        return
+    from vrlt_kernels import availability
+
+    what = {
+        "triton": "all operators, on CUDA",
+        "native": "the row operators, C++ on the CPU (on CUDA as asked)",
+        "reference": "plain PyTorch, where no faster one runs",
+    }
+    for name, obstacle in availability("cuda" if gpu else "cpu").items():
+        yield Way(f"kernels: {name}", not obstacle, obstacle or what[name])
 
 
 def _version(name: str) -> str:

@@ -5,7 +5,7 @@ first operator that runs on it.
 """
 
 from ._checks import KernelInputError
-from ._launch import report, use_backend
+from ._launch import availability, report, use_backend
 from .group_advantage import group_advantages, group_advantages_ref
 from .grpo_loss import GrpoLoss, grpo_loss, grpo_loss_ref
 from .linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_ref
@@ -24,6 +24,7 @@ __all__ = [
     "PolicyCoef",
     "PolicyLoss",
     "TokenLogprob",
+    "availability",
     "group_advantages",
     "group_advantages_ref",
     "grpo_loss",

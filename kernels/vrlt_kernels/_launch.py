@@ -7,7 +7,7 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Dict, Iterator, List, Literal, Optional, Sequence, Tuple, cast, get_args
+from typing import Any, Dict, Iterator, List, Literal, Optional, Sequence, Tuple, Union, cast, get_args
 
 import torch
 from torch.autograd import forward_ad
@@ -82,6 +82,14 @@ def report() -> Dict[str, str]:
     return {op: f"{backend} ({why})" if why else backend for (op, backend), why in _said.items()}
 
 
+def availability(device: Union[str, torch.device] = "cpu") -> Dict[Backend, str]:
+    """Of every backend: why it can't run on a device, empty where it can. Operators in other dtypes than fp32, or
+    without that backend, may still take another one: :func:`report` has what ran.
+    """
+    sample = torch.empty(0, device=device)
+    return {backend: _obstacle(backend, sample) for backend in get_args(Backend)}
+
+
 def _obstacle(backend: Backend, tensor: torch.Tensor) -> str:
     """Why a backend can't run; empty where it can."""
     if backend == "triton":
@@ -153,6 +161,7 @@ def no_double_backward(op: Any, name: str) -> None:
 __all__ = [
     "ENVIRONMENT",
     "Backend",
+    "availability",
     "choose",
     "has_triton",
     "hyper",

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vrlt_kernels import KernelInputError, _launch, _native, group_advantages, report, use_backend
+from vrlt_kernels import KernelInputError, _launch, _native, availability, group_advantages, report, use_backend
 from vrlt_kernels._checks import offsets, tensor, values_in_range
 
 REWARDS = torch.tensor([1.0, 2.0])
@@ -115,3 +115,12 @@ def test_a_device_that_the_compiled_operators_do_not_run_on():
     assert _native.obstacle(torch.device("cpu")) == ""
     if torch.version.cuda is None:
         assert "built without CUDA" in _native.obstacle(torch.device("cuda"))
+
+
+def test_availability_is_what_forcing_says(monkeypatch):
+    monkeypatch.setattr(_launch, "interpreting", lambda: False)
+    obstacles = availability("cpu")
+    assert "needs a CUDA device" in obstacles["triton"]
+    assert (obstacles["native"], obstacles["reference"]) == (_native.reason(), "")
+    monkeypatch.setattr(_launch, "interpreting", lambda: True)
+    assert availability()["triton"] == ""

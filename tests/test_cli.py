@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -273,10 +274,12 @@ def test_interrupt_is_75(tmp_path: Path) -> None:
     fifo = tmp_path / "slow.toml"
     os.mkfifo(fifo)  # reading it blocks until the signal
     command = [sys.executable, "-m", "vrlt_fast", "train", str(fifo)]
-    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
-    with fifo.open("w"):  # opens once the command reads
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    with fifo.open("w"):  # opens once the command reads; its end wakes a read that began after the signal
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 75
     assert codes(error) == ["VRLT-S02"]
 

@@ -14,7 +14,7 @@ from vrlt_fast.config_load import dump_toml
 from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.errors import DataError, SetupError
 from vrlt_fast.train.setup import create_run_folder, lock_run_folder, open_run_folder, read_inputs
-from vrlt_fast.video.decode import probe
+from vrlt_fast.video.index import probe
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.errors import VideoError
 from vrlt_fast.video.cache import ClipLoader
-from vrlt_fast.video.decode import probe
+from vrlt_fast.video.index import probe
 from vrlt_fast.video.preprocess import Geometry
 
 VIDEO = {"sampling": "fps", "fps": 2.0, "min_pixels": 784, "max_pixels": 4704}

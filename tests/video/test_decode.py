@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vrlt_fast.errors import VideoError
-from vrlt_fast.video.decode import decode_frames, probe
+from vrlt_fast.video.decode import decode_frames
+from vrlt_fast.video.index import probe
 
 FILMS = {
     "h264": {"name": "a.mp4", "options": {"bf": "0"}},

@@ -28,7 +28,7 @@ from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
-from vrlt_fast.video.decode import VideoIndex, probe
+from vrlt_fast.video.index import VideoIndex, probe
 from vrlt_fast.video.preprocess import smart_resize
 from vrlt_fast.video.sampling import TUBELET, sample_frames
 

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from vrlt_fast.config import VideoConfig
-from vrlt_fast.video.decode import decode_frames, probe
+from vrlt_fast.video.decode import decode_frames
+from vrlt_fast.video.index import probe
 from vrlt_fast.video.preprocess import Clip, Geometry, to_clip
 from vrlt_fast.video.sampling import sample_frames, seconds_per_grid
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 _RUNTIME = ["inv_stride"]
+# Read one element at a time, from slices that start anywhere.
+_PER_ROW = ["lse", "inverse", "cu_seqlens", "offsets", "sequence_of", "group_of", "clamp", "out"]
 # Terms of the series of (e^d - 1 - d) / (d^2 / 2) that reach the precision of the accumulator for |d| < 1/4.
 _TERMS = {tl.float32: 5, tl.float64: 11}
 
@@ -32,7 +34,7 @@ def _gap(d, bound, TERMS: tl.constexpr):
     return tl.where(tl.abs(d) < 0.25, 0.5 * d * d * series, tl.exp(d) - 1.0 - d)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
 def group_divergence_kernel(
     logits, lse, inverse, cu_seqlens, offsets, sequence_of, group_of, clamp, out, vocab, stride, inv_stride,
     TERMS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,

@@ -76,10 +76,10 @@ def test_a_frozen_picture_stands_and_others_move(clips, sources, tmp_path):
     drawn = draw_clip(clip, sources).astype(float)
     where = clip.events[0].frames
     assert (drawn[where.start : where.stop] == drawn[where.start]).all()
-    still = np.abs(np.diff(film(clip, sources, tmp_path), axis=0)).mean((1, 2, 3)) < 0.5
-    expected = np.zeros(clip.frames - 1, bool)
-    expected[where.start : where.stop - 1] = True
-    assert (still == expected).all()
+    change = np.abs(np.diff(film(clip, sources, tmp_path), axis=0)).mean((1, 2, 3))
+    still = np.zeros(clip.frames - 1, bool)
+    still[where.start : where.stop - 1] = True
+    assert change[still].max() < change[~still].min() / 2
 
 
 def test_a_reversed_shot_shows_its_frames_again(clips, sources):

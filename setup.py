@@ -30,8 +30,17 @@ CPU_SOURCES = {  # with the flags of their instruction set, which the library as
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *("-mfma", "-mprefer-vector-width=512"),
     ],
+    "patchify_binding.cpp": ["-O2"],
+    "patchify_plan.cpp": [],
+    "patchify_cpu.cpp": [],
+    "patchify_generic.cpp": [],
+    "patchify_avx2.cpp": ["-mavx2", "-mfma"],
+    "patchify_vbmi.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"),
+        *("-mfma", "-mprefer-vector-width=512"),
+    ],
 }
-X86_ONLY = {"row_cpu_avx2.cpp", "row_cpu_avx512.cpp"}
+X86_ONLY = {"row_cpu_avx2.cpp", "row_cpu_avx512.cpp", "patchify_avx2.cpp", "patchify_vbmi.cpp"}
 GENCODE = [
     *("-gencode", "arch=compute_80,code=sm_80"),
     *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),

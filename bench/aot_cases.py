@@ -18,6 +18,7 @@ def cases() -> Iterator[Case]:
     yield from _token_weight()
     yield from _advantages()
     yield from _policies()
+    yield from _patches()
 
 
 def _logits(dtype: torch.dtype, rows: int = 8, vocab: int = VOCAB) -> torch.Tensor:
@@ -86,3 +87,22 @@ def _policies() -> Iterator[Case]:
     double, spec = logp.double(), LossSpec(policy="gspo", kl="k3", beta=0.1, kl_weight="sequence")
     per_token: dict[str, Any] = {"advantages": double, "old_logp": double, "ref_logp": double}
     yield "gspo, float64", partial(policy_coef, double, cu, spec, **per_token)
+
+
+def _patches() -> Iterator[Case]:
+    """Both towers' geometries, both routes, all sources and results."""
+    from vrlt_kernels.patchify import NV12, patchify
+
+    rgb = torch.zeros(2, 108, 192, 3, dtype=torch.uint8)
+    nv12 = NV12(rgb[..., 0], torch.zeros(2, 54, 96, 2, dtype=torch.uint8))
+    norm: dict[str, Any] = {"normalize": ((0.5,) * 3, (0.5,) * 3), "dtype": torch.bfloat16}
+    for patch in (14, 16):
+        size = (4 * patch, 6 * patch)
+        for resample in ("native", "float"):
+            common = partial(patchify, size=size, patch=patch, resample=resample)
+            yield f"{patch}, {resample}", partial(common, rgb)
+            yield f"{patch}, {resample}, nv12, normalised", partial(common, nv12, **norm)
+    size = (84, 56)
+    yield "14, turned, float32", partial(patchify, rgb, size, rotation=90, normalize=norm["normalize"])
+    yield "14, nv12, turned", partial(patchify, nv12, size, rotation=270)
+    yield "14, upside down", partial(patchify, rgb, (56, 84), rotation=180)

@@ -13,11 +13,13 @@ from .linear_logprob import linear_logprob, linear_logprob_ref
 from .linear_token_weight import linear_token_weight, linear_token_weight_ref
 from .loss_spec import LossSpec
 from .padded import padded_grpo_loss, padded_linear_grpo_loss
+from .patchify import NV12, patchify, patchify_into, patchify_ref
 from .policy_coef import PolicyCoef, PolicyLoss, policy_coef, policy_coef_ref, policy_loss, policy_loss_ref
 from .token_logprob import TokenLogprob, token_logprob, token_logprob_ref
 from .token_weight import token_weight, token_weight_ref
 
 __all__ = [
+    "NV12",
     "GrpoLoss",
     "KernelInputError",
     "LossSpec",
@@ -37,6 +39,9 @@ __all__ = [
     "linear_token_weight_ref",
     "padded_grpo_loss",
     "padded_linear_grpo_loss",
+    "patchify",
+    "patchify_into",
+    "patchify_ref",
     "policy_coef",
     "policy_coef_ref",
     "policy_loss",

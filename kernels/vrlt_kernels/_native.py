@@ -5,6 +5,9 @@ z = logits * inv_temperature, p = softmax(z), N rows, V columns; logits [N, V], 
     row_grad_(out, logits, target, inv_temperature, lse, entropy, a, e)
         out = inv_temperature * (a (onehot - p) - e p (log p + entropy)); out may be the logits
     row_fused_(logits, target, inv_temperature) -> logp, entropy, lse; leaves onehot - p in the logits
+    patchify_plan(low, end, weights, precision, source, vertical, level) -> the weights of an axis, for patchify_
+    patchify_(out, frames, uv, slots, across, down, height, width, patch, merge, tubelet, rotation, factors, mean_std)
+        frames to their slots of out, see patchify.py; CPU only; uv and mean_std may be empty; across, down: plans
 Rows must be contiguous, with any stride between them. Logits are fp32, fp64 or bf16 on the CPU; where the library was
 built for CUDA, fp32, fp16 or bf16 on devices of compute capability 9.0 and later. Results are fp32, for fp64 logits
 fp64. A row of -inf only has logp = lse = -inf, entropy 0, gradient 0; a = e = 0 gives zeros whatever the logits hold.
@@ -26,7 +29,7 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 
-_SCHEMA_VERSION = 1  # of csrc/binding.cpp
+_SCHEMA_VERSION = 2  # of csrc/binding.cpp
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCE = _PACKAGE.parent.parent  # of a checkout: csrc/ and setup.py are there
 _lock = threading.Lock()
@@ -163,7 +166,13 @@ def _register_fakes() -> None:
     ) -> Tuple[torch.Tensor, ...]:
         return _rows(logits, 3)
 
-    for fake in (row_stats, row_grad_, row_fused_):
+    def patchify_plan(low: torch.Tensor, *rest: object) -> torch.Tensor:
+        raise RuntimeError("the size of a plan depends on the machine: make it outside of the traced code")
+
+    def patchify_(out: torch.Tensor, *rest: object) -> None:
+        return None
+
+    for fake in (row_stats, row_grad_, row_fused_, patchify_plan, patchify_):
         torch.library.register_fake(f"vrlt_native::{fake.__name__}", fake)
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from vrlt_fast.config import ModelConfig
 from vrlt_fast.errors import Problem, SetupError
 from vrlt_fast.model.attention import SEGMENTS
+from vrlt_fast.model.patch_embed import fold_normalize_
 from vrlt_fast.video.preprocess import Geometry
 
 MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
@@ -203,4 +204,5 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
     module.train()
     if model.freeze_vision:
         module.model.visual.requires_grad_(False)
+        fold_normalize_(module.model.visual, info.mean, info.std)
     return VideoLM(info, module)

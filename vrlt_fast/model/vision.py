@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.patch_embed import FoldedPatchEmbed
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.sampling import TUBELET
 
@@ -16,12 +17,13 @@ def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> torch.Tensor:
 
     A frozen tower runs without a graph.
     """
-    patches = torch.cat([clip.patches for clip in clips]).to(lm.device)
+    patches = torch.cat([clip.patches.to(lm.device) for clip in clips])
     grids = torch.tensor([clip.grid for clip in clips], device=lm.device)
     tower = lm.module.model.visual
     frozen = not any(p.requires_grad for p in tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        return tower(normalise(lm, patches), grid_thw=grids).pooler_output  # type: ignore[no-any-return]
+        pixels = patches if isinstance(tower.patch_embed, FoldedPatchEmbed) else normalise(lm, patches)
+        return tower(pixels, grid_thw=grids).pooler_output  # type: ignore[no-any-return]
 
 
 def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:

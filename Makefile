@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo demo-long test test-full check bench clean
+.PHONY: demo demo-long test test-full test-dali check bench clean
 
 demo: $(READY) runs/demo-data/tiny-model
 	$(BIN)/vrlt train demo --train.out runs/demo $(if $(wildcard runs/demo),--resume)
@@ -22,6 +22,17 @@ test: check
 test-full: check
 	$(BIN)/python -m bench full_suite
 
+test-dali: .dali/.ready
+	PYTHONPATH=.dali $(PYTEST) tests/video/test_dali.py -rs
+	PYTHONPATH=.dali $(BIN)/python -m bench dali
+
+# DALI imports without a GPU, and without what it needs only there
+.dali/.ready: $(READY)
+	rm -rf .dali
+	$(BIN)/pip install -q --no-deps --target .dali "nvidia-dali-cuda130>=2.4" \
+	  astunparse gast libcst makefun nvtx optree six
+	touch $@
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -35,7 +46,7 @@ bench: $(READY)
 	$(BIN)/python -m bench $(or $(CASE),claims)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf .venv .dali build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find vrlt_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 	rm -f kernels/vrlt_kernels/_C*.so
 

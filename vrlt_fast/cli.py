@@ -184,13 +184,23 @@ def _tiny_model(out: Path, seed: int) -> None:
 
 
 def _data_check(command: Command) -> int:
-    from vrlt_fast.data.check import check_dataset
+    flags = command.flags
+    if (flags.config or command.overrides) and not flags.decode:
+        raise ConfigError(Problem("VRLT-C04", "a configuration says which frames to decode", fix="add --decode"))
+    video = _config(flags.config, command.overrides, "eval").video if flags.decode else None
+    from vrlt_fast.data.quarantine import write_quarantine
     from vrlt_fast.report.console import Console
+    from vrlt_fast.video.check import check_dataset
 
     console = Console()
-    with _Bar(console, "open videos") as bar:
-        report = check_dataset(command.flags.file, command.flags.root, progress=bar)
+    with _Bar(console, "decode videos" if video else "open videos") as bar:
+        report = check_dataset(flags.file, flags.root, decode=video, progress=bar)
     sys.stdout.write("".join(f"{problem}\n" for problem in report.problems) + report.summary() + "\n")
+    if flags.quarantine and Path(flags.file).is_file():
+        count = write_quarantine(Path(flags.quarantine), Path(flags.file), report.rejected)
+        sys.stdout.write(
+            f"{flags.quarantine}: {count} lines; leave them out with --data.quarantine {flags.quarantine}\n"
+        )
     return 0 if report.ok else DataError(report.problems).exit_code
 
 

@@ -55,6 +55,11 @@ def _data_demo(parser: argparse.ArgumentParser) -> None:
 def _data_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.jsonl")
     parser.add_argument("--root", metavar="DIR", help="folder of the videos; default: the file's")
+    parser.add_argument("--decode", action="store_true", help="also decode the frames that a run would take")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="RECIPE|FILE.toml", help="whose [video] says which; repeatable"
+    )
+    parser.add_argument("--quarantine", metavar="OUT.jsonl", help="write the bad lines there, for data.quarantine")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +95,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "recipe show": ("print a recipe", _name),
     "recipe cp": ("copy a recipe, to edit it", _name_out),
 }
-_WITH_OVERRIDES = ("train", "eval")
+_WITH_OVERRIDES = ("train", "eval", "data check")
 _PASSED_ON = ("bench",)
 
 

@@ -36,15 +36,21 @@ class DataConfig(_Section):
     """JSONL file of held-out samples; empty: no evaluation."""
     root: str = ""
     """Folder that video paths are relative to, and may not leave; empty: the folder of the JSONL file."""
+    quarantine: str = ""
+    """List of lines of both files to leave out, as `vrlt data check FILE --quarantine OUT` writes it; empty: none."""
     max_failed_share: Share = 0.05
     """Stop with exit 3 when more than this share of the last 500 videos failed (and at least 3 did)."""
 
 
 class VideoConfig(_Section):
-    sampling: Literal["qwen_utils", "fps", "uniform"] = "qwen_utils"
-    """How frames are chosen: qwen_utils (as qwen-vl-utils), fps (exact multiples of 1 / fps), uniform (max_frames)."""
+    sampling: Literal["qwen_utils", "hf_qwen2", "hf_qwen3", "fps", "uniform", "keyframe", "jitter"] = "qwen_utils"
+    """How frames are chosen: as qwen-vl-utils, transformers' Qwen2-VL or Qwen3-VL does; fps (exact multiples of
+    1 / fps), uniform (always max_frames), keyframe (nearest ones), jitter (one at random of each equal part).
+    """
     fps: Annotated[float, Field(gt=0.0, le=240.0)] = 2.0
-    """Frames sampled per second of video (qwen_utils, fps)."""
+    """Frames sampled per second of video (all but uniform)."""
+    times: Literal["pts", "index"] = "pts"
+    """What the model is told of a frame's time: pts (presentation time), index (number over mean rate, as peers do)."""
     min_frames: Annotated[int, Field(ge=2)] = 4
     """Fewest frames of one video."""
     max_frames: Annotated[int, Field(ge=2, le=8192)] = 64
@@ -53,8 +59,26 @@ class VideoConfig(_Section):
     """Fewest pixels of one frame after resizing (100352 = 128 tokens of 28 x 28)."""
     max_pixels: Positive = 151_200
     """Most pixels of one frame after resizing."""
+    decoder: Literal["auto", "dali", "torchcodec-cuda", "pyav", "torchcodec", "decord"] = "auto"
+    """What decodes; auto: the first of this order that runs here (`vrlt doctor`) and can take the file."""
+    workers: Annotated[int, Field(ge=-1)] = -1
+    """Processes that decode, so that a crash or hang costs a sample only; -1: half the cores, at most 8; 0: none."""
+    deadline: Annotated[float, Field(gt=0.0)] = 20.0
+    """Seconds that a piece of decoding may take, on top of five times what it should; then its process is killed."""
+    on_error: Literal["strict", "tolerant"] = "strict"
+    """Of a frame that can't be decoded: leave the sample out (strict), or take the nearest frame and count it."""
+    prefetch: Count = 2
+    """Threads that load clips of the next steps ahead; 0: none."""
     cache_gb: Annotated[float, Field(ge=0.0)] = 4.0
-    """Host memory for decoded patches, in GB (10^9 bytes); 0 turns the cache off."""
+    """Host memory for decoded patches, in GB (10^9 bytes); 0: none."""
+    cache_shared: bool = False
+    """Put them into shared memory (/dev/shm), once for all processes of the machine."""
+    cache_gpu_gb: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPU memory for decoded patches, in GB."""
+    cache_dir: str = ""
+    """Folder on a local disk that keeps decoded patches and indices between runs; empty: none."""
+    cache_disk_gb: Annotated[float, Field(ge=0.0)] = 100.0
+    """Size of cache_dir, in GB."""
 
     @model_validator(mode="after")
     def _ordered(self) -> VideoConfig:

@@ -82,7 +82,7 @@ def _ways(system: dict[str, str], optional: dict[str, str]) -> tuple[Way, ...]:
         Way("device: cuda", gpu, system["cuda"] if gpu else f"training runs on the CPU: {system['cuda']}"),
         *_kernels(gpu),
         Way("video: PyAV on the CPU", bool(system["ffmpeg"]), system["ffmpeg"] or "the package av is missing"),
-        Way("video: NVDEC", False, later),
+        *_decoders(),
         Way("rollout: in process", True, "one prefill a group, the model's own weights"),
         Way("rollout: vllm", False, later),
         *(
@@ -90,6 +90,26 @@ def _ways(system: dict[str, str], optional: dict[str, str]) -> tuple[Way, ...]:
             for name in ("tensorboard", "trackio", "wandb")
         ),
     )
+
+
+def _decoders() -> Iterator[Way]:
+    """The optional video decoders, in the order in which they are tried."""
+    if find_spec("torch") is None or find_spec("av") is None:
+        return
+    from vrlt_fast.video.backends.base import Backend
+    from vrlt_fast.video.backends.dali import DaliBackend
+    from vrlt_fast.video.backends.decord import DecordBackend
+    from vrlt_fast.video.backends.torchcodec import TorchcodecBackend
+
+    backends: tuple[tuple[str, Backend], ...] = (
+        ("DALI on the GPU", DaliBackend("cuda")),
+        ("torchcodec on the GPU", TorchcodecBackend("cuda")),
+        ("torchcodec on the CPU", TorchcodecBackend("cpu")),
+        ("decord on the CPU", DecordBackend()),
+    )
+    for name, backend in backends:
+        found = backend.availability()
+        yield Way(f"video: {name}", found.ok, "ready" if found.ok else f"{found.reason}; {found.fix}")
 
 
 def _kernels(gpu: bool) -> Iterator[Way]:

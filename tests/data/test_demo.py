@@ -9,11 +9,11 @@ import av
 import numpy as np
 import pytest
 
-from vrlt_fast.data.check import check_dataset
 from vrlt_fast.data.demo import build_demo
 from vrlt_fast.data.footage import HELDOUT, TRAIN, find_footage
 from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.errors import DataError, SetupError
+from vrlt_fast.video.check import check_dataset
 
 COUNTS = {"train_clips": 6, "heldout_clips": 4}
 

@@ -329,6 +329,6 @@ def test_reads_fast(root: Path):
 
 
 def test_reading_needs_no_torch():
-    modules = "vrlt_fast.data.readers, vrlt_fast.data.demo, vrlt_fast.data.check, vrlt_fast.data.stream"
+    modules = "vrlt_fast.data.readers, vrlt_fast.data.demo, vrlt_fast.data.quarantine, vrlt_fast.data.stream"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -67,3 +68,13 @@ def test_refuses_impossible_sizes_and_states():
         BatchStream(4, 0, 0)
     with pytest.raises(ValueError, match="no such place"):
         BatchStream(4, 2, 0).load({"epoch": 0, "offset": 5})
+
+
+@pytest.mark.parametrize("n", [3, 7, 8])
+def test_looking_ahead_moves_nothing(seed: int, n: int) -> None:
+    stream, twin = BatchStream(n, 4, seed), BatchStream(n, 4, seed)
+    stream.next()
+    twin.next()
+    ahead = list(itertools.islice(stream.ahead(), 9))
+    assert stream.state() == twin.state()
+    assert ahead == [stream.next() for _ in range(9)] == [twin.next() for _ in range(9)]

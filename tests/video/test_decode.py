@@ -1,16 +1,23 @@
-"""Index and decode against a plain sequential PyAV decode, and what broken files give."""
+"""Frames and patches against a plain sequential PyAV decode, the choice of a decoder, and what broken files give."""
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import struct
+import sys
+import threading
 
 import numpy as np
 import pytest
+import torch
 
-from vrlt_fast.errors import VideoError
-from vrlt_fast.video.decode import decode_frames
+from vrlt_fast.errors import SetupError, VideoError
+from vrlt_fast.video.decode import BACKENDS, Decoder, decode_frames
 from vrlt_fast.video.index import probe
+from vrlt_fast.video.poison import PoisonList
+from vrlt_fast.video.preprocess import Geometry, patchify, resize
 
 FILMS = {
     "h264": {"name": "a.mp4", "options": {"bf": "0"}},
@@ -89,7 +96,7 @@ def test_a_stream_cut_inside_a_gop_gives_the_right_frame_or_none(studio, decoded
         found += 1
         same_time = index.ticks.tolist().index(int(late.ticks[number]))
         np.testing.assert_array_equal(picture, pictures[same_time])
-    assert 0 < found < late.n_frames
+    assert 0 < found <= late.n_frames < index.n_frames
 
 
 def test_truncated_transport_stream_keeps_its_first_frames(studio, decoded):
@@ -181,3 +188,212 @@ def test_frame_size_that_changes(studio):
         decode_frames(index, [0, index.n_frames - 2])
     assert caught.value.code == "VRLT-V06"
     assert str(path) in str(caught.value)
+
+
+SIZE, GEOMETRY = (56, 84), Geometry(14, 2)
+
+
+def expected(pictures, frames):
+    """Patches by torch's resize and the plain rearrangement."""
+    return patchify(resize(pictures[list(frames)], *SIZE), GEOMETRY)[0]
+
+
+@pytest.fixture(scope="module")
+def decoders():
+    """With one, two and four processes, in parts as small as can be."""
+    found = [Decoder("pyav", workers=n, deadline_s=100, part_pixels=1) for n in (1, 2, 4)]
+    yield found
+    for decoder in found:
+        decoder.close()
+
+
+def test_patches_of_every_kind_in_this_process(kinds, good_kind, decoded, seed):
+    index, (pictures, _) = probe(kinds[good_kind]), decoded(kinds[good_kind])
+    frames = [random.Random(seed).randrange(index.n_frames) for _ in range(10)]
+    for elide in (True, False):
+        out, grid, report = Decoder("pyav", elide=elide).patches(index, frames, SIZE, GEOMETRY)
+        assert grid == (5, 4, 6)
+        assert torch.equal(out, expected(pictures, frames))
+        assert (report.backend, report.substituted, report.passed_over) == ("pyav", {}, ())
+        assert set(report.seconds) == {"demux", "decode", "convert", "patchify"}
+
+
+@pytest.mark.parametrize("kind", ["h264 open gop", "hevc", "av1", "mpeg-ts", "raw h264", "edit list", "rotated 90"])
+def test_any_number_of_workers_and_shards_give_the_same_bits(kinds, decoded, decoders, seed, kind):
+    index, (pictures, _) = probe(kinds[kind]), decoded(kinds[kind])
+    frames = [random.Random(seed).randrange(index.n_frames) for _ in range(16)]
+    whole = expected(pictures, frames)
+    for decoder in decoders:
+        assert torch.equal(decoder.patches(index, frames, SIZE, GEOMETRY)[0], whole)
+    shards = [decoders[1].patches(index, frames[i : i + 4], SIZE, GEOMETRY)[0] for i in range(0, 16, 4)]
+    assert torch.equal(torch.cat(shards), whole)
+    again = from_three_threads(decoders[2], index, frames)
+    assert torch.equal(again, whole)
+
+
+def from_three_threads(decoder, index, frames):
+    """From several threads at once."""
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(decoder.patches(index, frames, SIZE, GEOMETRY)[0]))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert len(found) == 3
+    assert torch.equal(found[0], found[1])
+    return found[2]
+
+
+def test_a_fault_gives_the_same_error_from_workers(kinds, decoders):
+    index = probe(kinds["corrupt middle"])
+    errors = []
+    for decoder in (Decoder("pyav"), *decoders):
+        with pytest.raises(VideoError) as caught:
+            decoder.patches(index, range(24), SIZE, GEOMETRY)
+        errors.append(str(caught.value))
+    assert len(set(errors)) == 1
+    assert "VRLT-V02" in errors[0]
+
+
+def test_tolerant_mode_counts_what_it_substitutes(kinds, decoded, decoders):
+    index = probe(kinds["corrupt middle"])
+    sound, _ = decoded(kinds["h264"])
+    found = []
+    for workers in (0, 2):
+        with Decoder("pyav", workers=workers, deadline_s=100, on_error="tolerant") as decoder:
+            out, _, report = decoder.patches(index, range(24), SIZE, GEOMETRY)
+            assert 0 < len(report.substituted) < 24
+            assert decoder.counts["frames substituted"] == len(report.substituted)
+            frames = [report.substituted.get(i, i) for i in range(24)]
+            assert torch.equal(out, expected(sound, frames))
+            found.append(report.substituted)
+    assert found[0] == found[1]
+
+
+STAND_INS = '''
+"""Decoders of every temper."""
+import ctypes
+from vrlt_fast.errors import Problem, VideoError
+from vrlt_fast.video.backends.base import Availability
+from vrlt_fast.video.backends.pyav import PyAVBackend
+
+class Absent(PyAVBackend):
+    def availability(self): return Availability(False, "no such chip", "buy one")
+
+class Picky(PyAVBackend):
+    name = "picky"
+    def supports(self, index): return "codec " + index.codec
+
+class Fails(PyAVBackend):
+    name = "fails"
+    def decode(self, plan, sink): raise VideoError(Problem("VRLT-V05", "lost count", str(plan.index.path)))
+
+class Apart(PyAVBackend):
+    name, isolate = "apart", True
+
+class Crash(Apart):
+    def attempt(self, *args): ctypes.string_at(0)
+'''
+NAMES = {"absent": "Absent", "missing": "", "picky": "Picky", "fails": "Fails", "apart": "Apart", "crash": "Crash"}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stand_ins")
+    (folder / "stand_ins.py").write_text(STAND_INS)
+
+    def specs(*names):
+        made = {n: f"stand_ins:{NAMES[n]}" if NAMES[n] else "not_there_at_all:X" for n in names}
+        return {"specs": {**made, "pyav": BACKENDS["pyav"]}, "paths": [str(folder)], "deadline_s": 100}
+
+    sys.path.insert(0, str(folder))
+    yield specs
+    sys.path.remove(str(folder))
+    del sys.modules["stand_ins"]
+
+
+def test_auto_takes_the_first_that_can_and_counts_why_not(kinds, decoded, stand_ins):
+    index, (pictures, _) = probe(kinds["vp9"]), decoded(kinds["vp9"])
+    with Decoder(**stand_ins("absent", "missing", "picky", "fails", "apart")) as decoder:
+        for _ in range(2):
+            out, _, report = decoder.patches(index, [3, 1], SIZE, GEOMETRY)
+            assert torch.equal(out, expected(pictures, [3, 1]))
+        assert report.backend == "pyav"
+        assert report.passed_over == (
+            "absent: no such chip",
+            "missing: No module named 'not_there_at_all'",
+            "picky: codec vp9",
+            "fails: lost count",
+        )
+        assert [decoder.counts[reason] for reason in report.passed_over] == [2] * 4
+        assert decoder.counts["decoded by pyav"] == 2
+    with Decoder(**stand_ins("absent", "apart", "fails")) as decoder:
+        out, _, report = decoder.patches(index, [3, 1], SIZE, GEOMETRY)
+        assert (report.backend, len(report.passed_over)) == ("apart", 1)
+        assert torch.equal(out, expected(pictures, [3, 1]))
+
+
+def test_a_named_decoder(kinds, stand_ins):
+    with pytest.raises(SetupError, match="no such chip") as caught:
+        Decoder("absent", **stand_ins("absent"))
+    assert caught.value.code == "VRLT-E01"
+    with pytest.raises(ValueError, match="unknown decoder"):
+        Decoder("nothing")
+    _, _, report = Decoder("picky", **stand_ins("picky")).patches(probe(kinds["vp9"]), [0, 0], SIZE, GEOMETRY)
+    assert (report.backend, report.passed_over) == ("pyav", ("picky: codec vp9",))
+
+
+def test_a_crash_costs_the_sample_and_is_remembered(kinds, stand_ins, tmp_path):
+    path = tmp_path / "a.mp4"
+    shutil.copy(kinds["h264"], path)
+    listed = tmp_path / "lists" / "poisoned.jsonl"
+    with Decoder("crash", poison=listed, **stand_ins("crash")) as decoder:
+        with pytest.raises(VideoError, match="signal 11") as caught:
+            decoder.patches(probe(path), [0, 1], SIZE, GEOMETRY)
+        assert (caught.value.code, decoder.counts["decoders lost"]) == ("VRLT-V08", 1)
+    with Decoder("pyav", poison=listed) as decoder:
+        with pytest.raises(VideoError, match=f"sed -i 1d {listed}") as caught:
+            decoder.patches(probe(path), [0, 1], SIZE, GEOMETRY)
+        assert caught.value.code == "VRLT-V09"
+        decoder.patches(probe(kinds["h264"]), [0, 1], SIZE, GEOMETRY)
+        os.utime(path, (1, 1))  # mended
+        decoder.patches(probe(path), [0, 1], SIZE, GEOMETRY)
+
+
+def test_the_poisoned_list(tmp_path):
+    film, listed = tmp_path / "a'b.mp4", tmp_path / "list.jsonl"
+    film.write_bytes(b"x")
+    one, other = PoisonList(listed), PoisonList(listed)
+    for poison in (one, other):
+        poison.check(film)
+    listed.write_bytes(b"{broken\n[]\n")
+    one.add(film, "hung")
+    one.add(film, "hung")
+    assert len(listed.read_text().splitlines()) == 3
+    for poison in (one, other, PoisonList(listed)):
+        with pytest.raises(VideoError, match="sed -i 3d"):
+            poison.check(film)
+    lines = listed.read_text().splitlines(keepends=True)
+    listed.write_text("".join(lines[:2]))
+    PoisonList(listed).check(film)
+    other.check(film)
+    PoisonList(listed).add(tmp_path / "gone.mp4", "hung")
+    (tmp_path / "file").write_bytes(b"")
+    unwritable = PoisonList(tmp_path / "file" / "list.jsonl")
+    with pytest.warns(UserWarning, match="can't be written"):
+        unwritable.add(film, "hung")
+    with pytest.raises(VideoError) as caught:
+        unwritable.check(film)
+    assert caught.value.code == "VRLT-V09"
+
+
+def test_wrong_arguments(kinds):
+    index = probe(kinds["h264"])
+    for frames, size in (([0], SIZE), ([0, 1], (56, 85)), ([], SIZE), ([0, 1], (0, 28))):
+        with pytest.raises(ValueError, match=r"needs pairs|no frames"):
+            Decoder("pyav").patches(index, frames, size, GEOMETRY)
+    with pytest.raises(ValueError, match="workers"):
+        Decoder("pyav", workers=-1)

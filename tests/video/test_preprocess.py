@@ -12,7 +12,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vrlt_fast.errors import VideoError
-from vrlt_fast.video.preprocess import Geometry, patchify, resize, smart_resize, to_clip
+from vrlt_fast.video.preprocess import (
+    Geometry,
+    SizeRule,
+    patchify,
+    resize,
+    smart_resize,
+    smart_resize_clip,
+    to_clip,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,71 @@ def test_smart_resize_is_the_released_one(seed):
         low = rng.randint(784, 300_000)
         high = low + rng.randint(0, 1_000_000)
         assert smart_resize(height, width, 28, low, high) == released_smart_resize(height, width, 28, low, high)
+
+
+@pytest.fixture(scope="module")
+def hf_smart_resize():
+    return pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl").smart_resize
+
+
+@given(
+    frames=st.integers(1, 800),
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    low=st.integers(1, 400_000),
+    room=st.integers(0, 40_000_000),
+)
+def test_smart_resize_clip_is_the_imported_one(hf_smart_resize, frames, height, width, low, room):
+    factor = 32
+    try:
+        expected = hf_smart_resize(frames, height, width, 2, factor, low, low + room)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"aspect|fewer"):
+            smart_resize_clip(frames, height, width, factor, low, low + room)
+    else:
+        assert smart_resize_clip(frames, height, width, factor, low, low + room) == expected
+
+
+QWEN2 = SizeRule("qwen2", 128 * 28**2, 768 * 28**2, int(0.9 * 128_000 * 28**2))
+QWEN2_32 = SizeRule("qwen2", 128 * 32**2, 768 * 32**2, int(0.9 * 128_000 * 32**2))
+QWEN3 = SizeRule("qwen3", 128 * 32**2, None, 768 * 32**2)
+QWEN3_CAP = SizeRule("qwen3", 128 * 32**2, 768 * 32**2, 768 * 32**2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor", "frames", "height", "width", "expected"),
+    [
+        (QWEN2, 28, 32, 720, 1280, (560, 1008)),
+        (QWEN2, 28, 768, 720, 1280, (336, 644)),
+        (QWEN2_32, 32, 768, 720, 1280, (384, 736)),
+        (QWEN2, 28, 4, 90, 160, (252, 448)),
+        (QWEN2, 28, 5000, 720, 1280, (224, 420)),
+        (QWEN2, 28, 33, 144, 90, (420, 252)),
+        (QWEN2, 28, 768, 20, 30, (280, 392)),
+        (QWEN2, 28, 3, 17, 300, (84, 1344)),
+        (QWEN3_CAP, 32, 32, 72, 128, (64, 128)),
+        (QWEN3_CAP, 32, 768, 20, 30, (32, 64)),
+        (QWEN3, 32, 768, 20, 30, (32, 32)),
+        (QWEN3_CAP, 32, 3, 17, 300, (64, 896)),
+        (QWEN3_CAP, 32, 5, 720, 1280, (288, 512)),
+        (QWEN3, 32, 5, 720, 1280, (288, 512)),
+        (QWEN3_CAP, 32, 1000, 48, 64, (64, 64)),
+        (QWEN3, 32, 1000, 48, 64, (32, 32)),
+    ],
+)
+def test_size_rules_as_the_originals(rule, factor, frames, height, width, expected):
+    """Made with qwen-vl-utils 0.0.14 (``fetch_video``'s bounds and ``smart_resize``) and transformers 5.23.0:
+    ``Qwen2VLVideoProcessor().resize(torch.zeros(1, n, 1, h, w, dtype=torch.uint8), p.size, 3, 28, 2, True)`` and the
+    same of ``Qwen3VLVideoProcessor`` with ``cap_pixels_per_frame`` true and false.
+    """
+    assert rule.size(frames, height, width, factor) == expected
+
+
+def test_a_size_rule_needs_its_bound():
+    with pytest.raises(ValueError, match="max_pixels"):
+        SizeRule("qwen2", 100, None, 1000)
+    with pytest.raises(ValueError, match="total_pixels"):
+        SizeRule("qwen3", 100, 1000)
 
 
 @given(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vrlt_fast.data.fields import Line
 from vrlt_fast.data.paths import Root, resolve_video
+from vrlt_fast.data.quarantine import line_digest
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import DataError, Problem
 
@@ -27,22 +28,33 @@ class AnnotationError(DataError):
         return "\n".join([*shown, f"and {more} more problems"] if more > 0 else shown)
 
 
-def read_jsonl(path: Path | str, root: Path | str | None = None, *, check_files: bool = True) -> list[Sample]:
+def read_jsonl(
+    path: Path | str,
+    root: Path | str | None = None,
+    *,
+    check_files: bool = True,
+    leave_out: Collection[str] = (),
+) -> list[Sample]:
     """The samples of a file, in its order.
 
     ``root`` is the folder that video and image paths are relative to and may not leave (default: the folder of the
     file). ``check_files=False`` skips what needs the files themselves: that they exist, and where symbolic links lead.
+    ``leave_out`` has the digests of lines that are passed over (:mod:`vrlt_fast.data.quarantine`).
 
     Raises :class:`AnnotationError` (a :class:`DataError`) with every problem of the file, each with its line.
     """
-    samples, problems = scan_jsonl(path, root, check_files=check_files)
+    samples, problems = scan_jsonl(path, root, check_files=check_files, leave_out=leave_out)
     if problems:
         raise AnnotationError(problems)
     return samples
 
 
 def scan_jsonl(
-    path: Path | str, root: Path | str | None = None, *, check_files: bool = True
+    path: Path | str,
+    root: Path | str | None = None,
+    *,
+    check_files: bool = True,
+    leave_out: Collection[str] = (),
 ) -> tuple[list[Sample], list[Problem]]:
     """Like :func:`read_jsonl`, but returns the good samples and the problems side by side."""
     path = Path(path)
@@ -53,12 +65,14 @@ def scan_jsonl(
         )
         if unusable:
             return [], [Problem("VRLT-D01", "can't read the annotation file", str(path), unusable, f"ls -l {path}")]
-        return _scan(path, Root(folder), check_files=check_files)
+        return _scan(path, Root(folder), check_files=check_files, leave_out=leave_out)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return [], [Problem("VRLT-D01", "can't read the annotation file", str(path), str(error))]
 
 
-def _scan(path: Path, root: Root, *, check_files: bool) -> tuple[list[Sample], list[Problem]]:
+def _scan(
+    path: Path, root: Root, *, check_files: bool, leave_out: Collection[str]
+) -> tuple[list[Sample], list[Problem]]:
     samples: list[Sample] = []
     problems: list[Problem] = []
     first_line: dict[str, str] = {}
@@ -69,6 +83,8 @@ def _scan(path: Path, root: Root, *, check_files: bool) -> tuple[list[Sample], l
             if not text.strip():
                 continue
             blank = False
+            if leave_out and line_digest(text) in leave_out:
+                continue
             where = f"{path.name}:{number}"
             fields = _parse(text, where)
             if isinstance(fields, Problem):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Iterator
 
 
 class BatchStream:
@@ -29,6 +31,10 @@ class BatchStream:
             self._offset += len(taken)
             out += taken
         return out
+
+    def ahead(self) -> Iterator[list[int]]:
+        """The batches that :meth:`next` will give, endless; asking for them moves nothing."""
+        return iter(copy.copy(self).next, None)
 
     def state(self) -> dict[str, int]:
         """What :meth:`load` needs to go on after the last batch."""

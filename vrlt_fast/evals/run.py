@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vrlt_fast.config import Config
+from vrlt_fast.data.quarantine import read_quarantine
 from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.data.sample import TASKS, Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, VrltError
@@ -18,8 +19,8 @@ from vrlt_fast.model.load import VideoLM, inspect_model, load_model
 from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.rollout.engine import RolloutRequest, generate
 from vrlt_fast.rollout.sampler import Sampling
-from vrlt_fast.video.cache import ClipLoader
 from vrlt_fast.video.preprocess import Clip
+from vrlt_fast.video.source import Clips, ClipSource
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def pick_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sampl
 def evaluate(
     lm: VideoLM,
     samples: Sequence[Sample],
-    loader: ClipLoader,
+    loader: Clips,
     config: Config,
     *,
     root: Path,
@@ -73,6 +74,7 @@ def evaluate(
     failed: list[VrltError] = []
     done: dict[str, list[list[Scored]]] = {name: [] for name in ["greedy", *names]}
     kept: list[Sample] = []
+    loader.expect(root / sample.video for sample in samples)
     for prompts in _batches(lm, samples, loader, config, root=root, alter=alter, failed=failed):
         first = len(kept)
         kept += [p.sample for p in prompts]
@@ -90,7 +92,7 @@ def evaluate(
 def _batches(
     lm: VideoLM,
     samples: Sequence[Sample],
-    loader: ClipLoader,
+    loader: Clips,
     config: Config,
     *,
     root: Path,
@@ -150,11 +152,8 @@ def evaluate_folder(
     """
     if not config.data.eval:
         raise ConfigError(Problem("VRLT-C04", "nothing to evaluate on", "data.eval", fix="pass --data FILE.jsonl"))
-    samples = pick_samples(
-        read_jsonl(Path(config.data.eval), data_root(config, "eval")), config.eval.samples, config.train.seed
-    )
+    samples = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
     lm = load_model(config.model, inspect_model(config.model.name))
-    loader = ClipLoader(config.video, lm.info.geometry)
     count = 0
 
     def tick(n: int) -> None:
@@ -163,12 +162,19 @@ def evaluate_folder(
         if progress:
             progress(count, len(samples))
 
-    result = evaluate(lm, samples, loader, config, root=data_root(config, "eval"), progress=tick)
+    with ClipSource(config.video, lm.info.geometry, device=lm.device) as clips:
+        result = evaluate(lm, samples, clips, config, root=data_root(config, "eval"), progress=tick)
     if out is not None:
         write_lines(out, result.rows)
     if result.failed:
         raise DataError([p for error in result.failed for p in error.problems])
     return result.metrics
+
+
+def read_split(config: Config, split: str) -> list[Sample]:
+    """The samples of ``data.train`` or ``data.eval`` without the lines of ``data.quarantine``. Raises DataError."""
+    leave_out = read_quarantine(Path(config.data.quarantine)) if config.data.quarantine else frozenset()
+    return read_jsonl(Path(getattr(config.data, split)), data_root(config, split), leave_out=leave_out)
 
 
 def data_root(config: Config, split: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vrlt_fast.config import Config
@@ -13,7 +13,7 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.prompt import Prompt, encode_prompt
-from vrlt_fast.video.cache import ClipLoader
+from vrlt_fast.video.source import Clips
 
 WINDOW = 500
 """Videos over which the share of failures is taken."""
@@ -32,7 +32,7 @@ class Feed:
         self,
         info: ModelInfo,
         samples: Sequence[Sample],
-        loader: ClipLoader,
+        loader: Clips,
         config: Config,
         *,
         root: Path,
@@ -41,6 +41,7 @@ class Feed:
         self.samples, self.failed = samples, 0
         self._info, self._loader, self._config, self._root, self._warn = info, loader, config, root, warn
         self._outcomes: deque[bool] = deque(maxlen=WINDOW)
+        self._followed: BatchStream | None = None
         by_video: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
             by_video.setdefault(sample.video, []).append(index)
@@ -60,11 +61,22 @@ class Feed:
         Raises:
             DataError: D12 when more than ``data.max_failed_share`` of the last 500 videos failed.
         """
+        self._follow(stream, stream.ahead())
         return self._prompts(stream.next())
 
     def next_videos(self, stream: BatchStream, thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
         """The prompts of all samples about the next videos, with thinking where ``thinks``; raises as :meth:`next`."""
-        return self._prompts([index for video in stream.next() for index in self._by_video[video]], thinks)
+        self._follow(stream, map(self._questions_about, stream.ahead()))
+        return self._prompts(self._questions_about(stream.next()), thinks)
+
+    def _questions_about(self, videos: Sequence[int]) -> list[int]:
+        return [index for video in videos for index in self._by_video[video]]
+
+    def _follow(self, stream: BatchStream, ahead: Iterable[Sequence[int]]) -> None:
+        """Tell the loader what comes, once a stream."""
+        if stream is not self._followed:
+            self._followed = stream
+            self._loader.expect(self._root / self.samples[index].video for batch in ahead for index in batch)
 
     def _prompts(self, indices: Sequence[int], thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
         prompts = []

@@ -17,25 +17,32 @@ from typing import IO
 
 import torch
 
-from vrlt_fast.config import Config
+from vrlt_fast.config import Config, VideoConfig
 from vrlt_fast.config_load import dump_toml, load_config
 from vrlt_fast.data.prompts import user_text
-from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.data.readers import resolve_video
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError, VrltError
-from vrlt_fast.evals.run import data_root, pick_samples
+from vrlt_fast.evals.run import data_root, pick_samples, read_split
 from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
+from vrlt_fast.video.cache import upright
 from vrlt_fast.video.index import VideoIndex, probe
 from vrlt_fast.video.preprocess import smart_resize
-from vrlt_fast.video.sampling import TUBELET, sample_frames
+from vrlt_fast.video.sampling import TUBELET, choose, settings_of
 
 PROBED = 2000
 """Training videos that are opened before the run; `vrlt data check` opens all."""
 RESOLVED = "config.resolved.toml"
 FREE_TO_CHANGE = {"log", "checkpoint", "eval"}
+FREE_KEYS = {
+    f"video.{key}"
+    for key in VideoConfig.model_fields
+    if key in ("workers", "deadline", "prefetch") or key.startswith("cache_")
+}
+"""What decides how fast videos come, not what comes."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,10 @@ def read_inputs(config: Config) -> Inputs:
     info = inspect_model(config.model.name)
     pick_device(config.model.device)
     check_writers(config.log.to)
-    train = read_jsonl(Path(config.data.train), data_root(config, "train"))
+    train = read_split(config, "train")
     heldout: list[Sample] = []
     if config.data.eval:
-        everything = read_jsonl(Path(config.data.eval), data_root(config, "eval"))
-        heldout = pick_samples(everything, config.eval.samples, config.train.seed)
+        heldout = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
     broken = _probe(config, info, train, data_root(config, "train"))
     broken += _probe(config, info, heldout, data_root(config, "eval")) if heldout else []
     return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken))
@@ -110,7 +116,7 @@ def _resized(config: Config, info: ModelInfo, index: VideoIndex) -> tuple[int, i
     """Height and width of the frames that the model gets. Raises VideoError V06."""
     video = config.video
     try:
-        return smart_resize(index.height, index.width, info.geometry.factor, video.min_pixels, video.max_pixels)
+        return smart_resize(*upright(index), info.geometry.factor, video.min_pixels, video.max_pixels)
     except ValueError as error:
         fix = "crop the video, or remove its lines"
         raise VideoError(Problem("VRLT-V06", "frames can't be resized", str(index.path), str(error), fix)) from None
@@ -120,7 +126,7 @@ def _too_long(
     config: Config, info: ModelInfo, sample: Sample, index: VideoIndex, size: tuple[int, int]
 ) -> Problem | None:
     (height, width), factor, reserve = size, info.geometry.factor, config.rollout.max_new_tokens
-    frames = len(sample_frames(index.n_frames, index.fps, config.video))
+    frames = len(choose(index, settings_of(config.video)).frames)
     tokens = frames // TUBELET * (height // factor) * (width // factor)
     timestamps = 8 * frames // TUBELET if config.prompt.video_layout == "interleaved" else 2
     if (
@@ -146,6 +152,8 @@ def _fingerprint(config: Config, info: ModelInfo) -> str:
     digest = hashlib.sha256(Path(config.data.train).read_bytes())
     if config.data.eval:
         digest.update(Path(config.data.eval).read_bytes())
+    if config.data.quarantine:
+        digest.update(Path(config.data.quarantine).read_bytes())
     digest.update((Path(info.path) / "config.json").read_bytes())
     for file in sorted(Path(info.path).glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -165,12 +173,14 @@ def with_absolute_paths(config: Config) -> Config:
     """
     data = {
         key: str(Path(value).absolute()) if value else ""
-        for key, value in config.data.model_dump(include={"train", "eval", "root"}).items()
+        for key, value in config.data.model_dump(include={"train", "eval", "root", "quarantine"}).items()
     }
     model = str(Path(config.model.name).absolute()) if Path(config.model.name).is_dir() else config.model.name
+    keep = str(Path(config.video.cache_dir).absolute()) if config.video.cache_dir else ""
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
+            "video": config.video.model_copy(update={"cache_dir": keep}),
             "model": config.model.model_copy(update={"name": model}),
             "train": config.train.model_copy(update={"out": str(Path(config.train.out).absolute())}),
         }
@@ -229,7 +239,7 @@ def open_run_folder(config: Config) -> Path:
         for section in set(Config.model_fields) - FREE_TO_CHANGE
         for old, new in [(getattr(before, section).model_dump(), getattr(config, section).model_dump())]
         for key in old
-        if old[key] != new[key]
+        if old[key] != new[key] and f"{section}.{key}" not in FREE_KEYS
     ]
     if changed:
         raise SetupError(

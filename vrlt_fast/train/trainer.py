@@ -48,7 +48,7 @@ from vrlt_fast.train.setup import (
     with_absolute_paths,
 )
 from vrlt_fast.train.stages import GrpoStage, SftStage, Stage
-from vrlt_fast.video.cache import ClipLoader
+from vrlt_fast.video.source import ClipSource
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -71,6 +71,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     with ExitStack() as stack:
         stack.enter_context(lock_run_folder(run_dir))
         trainer = Trainer(config, inputs, lm, run_dir, console)
+        stack.enter_context(trainer.clips)
         if resume:
             trainer.restore()
         stack.enter_context(trainer.start_log())
@@ -94,9 +95,9 @@ class Trainer:
 
     def __init__(self, config: Config, inputs: Inputs, lm: VideoLM, run_dir: Path, console: Console):
         self.config, self.inputs, self.lm, self.run_dir, self.console = config, inputs, lm, run_dir, console
-        self.loader = ClipLoader(config.video, inputs.info.geometry)
+        self.clips = ClipSource(config.video, inputs.info.geometry, folder=run_dir, device=lm.device, warn=console.warn)
         self.feed = Feed(
-            inputs.info, inputs.train, self.loader, config, root=data_root(config, "train"), warn=console.warn
+            inputs.info, inputs.train, self.clips, config, root=data_root(config, "train"), warn=console.warn
         )
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
@@ -255,7 +256,7 @@ class Trainer:
                     raise self._stopped(f"in the evaluation of {label}")
 
             root = data_root(self.config, "eval")
-            result = evaluate(self.lm, samples, self.loader, self.config, root=root, progress=tick)
+            result = evaluate(self.lm, samples, self.clips, self.config, root=root, progress=tick)
         for error in result.failed:
             self.console.warn(f"question left out of the evaluation: {error}")
         write_lines(self.run_dir / "eval" / f"{label}.jsonl", result.rows)

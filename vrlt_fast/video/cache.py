@@ -1,73 +1,234 @@
-"""From a path to a clip, decoded once: an LRU of uint8 patches in host memory under a byte budget."""
+"""From a path to a clip, decoded once."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import itertools
+import threading
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vrlt_fast.config import VideoConfig
-from vrlt_fast.video.decode import decode_frames
-from vrlt_fast.video.index import probe
-from vrlt_fast.video.preprocess import Clip, Geometry, to_clip
-from vrlt_fast.video.sampling import sample_frames, seconds_per_grid
+from vrlt_fast.video.decode import Decoder, decode_frames
+from vrlt_fast.video.entry import Run
+from vrlt_fast.video.eviction import hint
+from vrlt_fast.video.frame_cache import CacheSettings, Decoded, FrameCache, run_of
+from vrlt_fast.video.index import VideoIndex, video_error
+from vrlt_fast.video.index_cache import IndexCache
+from vrlt_fast.video.preprocess import Clip, Geometry, SizeRule, patchify, resize
+from vrlt_fast.video.sampling import TUBELET, SampleSettings, choose, settings_of
+
+Decode = Callable[[VideoIndex, Sequence[int], tuple[int, int], Geometry], Decoded]
+"""From an index, frame numbers, height and width, and the tower's geometry to patches. Raises VideoError."""
+Pixels = Callable[[VideoIndex], str]
+"""Names what a ``Decode`` makes of a file's frames (colours, resampling): equal names, equal patches."""
+
+_REQUESTS = 256
+HORIZON = 16384
+"""Uses ahead that eviction knows of."""
+
+
+class _Changed(Exception):
+    """The file isn't the one that was hashed any more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a clip will be, known without decoding: its run and times. ``content``: digest of the file's bytes."""
+
+    path: Path
+    content: str
+    run: Run
+    frames: tuple[int, ...]
+    size: tuple[int, int]
+    times: tuple[float, ...]
+    seconds_per_grid: float
+
+
+def decode_plainly(index: VideoIndex, frames: Sequence[int], size: tuple[int, int], geometry: Geometry) -> Decoded:
+    """Decode in this process, resize by torch's native kernel."""
+    pictures = decode_frames(index, frames)
+    if pictures.shape[1:3] != upright(index):
+        told = "{1} x {0}".format(*upright(index))
+        why = f"frames are {pictures.shape[2]} x {pictures.shape[1]}, the header says {told}"
+        raise video_error("VRLT-V06", index.path, "the frame size isn't the header's", why)
+    return Decoded(patchify(resize(pictures, *size), geometry)[0])
+
+
+def plain_pixels(index: VideoIndex) -> str:
+    """What :func:`decode_plainly` makes of frames; FFmpeg's conversion to RGB may change from version to version."""
+    import av
+
+    version = ".".join(str(part) for part in av.library_versions["libswscale"])
+    return f"swscale {version} {index.matrix} {index.full_range} torch-u8-bicubic"
+
+
+def decoding(decoder: Decoder) -> tuple[Decode, Pixels]:
+    """``decode`` and ``pixels`` of a :class:`ClipLoader` that decodes with this."""
+
+    def pixels(name: str, index: VideoIndex) -> str:
+        return plain_pixels(index) if name == "pyav" else f"{name} {index.matrix} {index.full_range}"
+
+    def decode(index: VideoIndex, frames: Sequence[int], size: tuple[int, int], geometry: Geometry) -> Decoded:
+        expected = decoder.takes(index)
+        patches, _, report = decoder.patches(index, frames, size, geometry)
+        # a decoder that another one had to stand in for may have other colours than the key says
+        exact = not report.substituted and pixels(report.backend, index) == pixels(expected, index)
+        return Decoded(patches, exact)
+
+    return decode, lambda index: pixels(decoder.takes(index), index)
+
+
+def upright(index: VideoIndex) -> tuple[int, int]:
+    """Height and width of the pictures as they are shown."""
+    return (index.width, index.height) if index.rotation % 180 else (index.height, index.width)
 
 
 class ClipLoader:
-    """Loads clips with one video configuration; keeps the most recently used ones.
+    """Loads clips with one video configuration. Safe to use from several threads.
 
-    Counters: ``decoded`` (clips decoded) and ``hits`` (clips found in the cache).
+    Counters: ``decoded`` (clips of which anything was decoded) and ``hits`` (clips of which nothing was).
+
+    Args:
+        cache: None: host memory of this process, ``video.cache_gb`` GB.
+        decode, pixels: how a clip's missing tubelets are decoded; see :func:`decoding`.
+        settings, rule: how frames are chosen and resized; None: as ``video`` says.
+        index: indexes and hashes files; None: without a folder.
     """
 
-    def __init__(self, video: VideoConfig, geometry: Geometry):
+    def __init__(
+        self,
+        video: VideoConfig,
+        geometry: Geometry,
+        *,
+        cache: FrameCache | None = None,
+        decode: Decode = decode_plainly,
+        pixels: Pixels = plain_pixels,
+        settings: SampleSettings | None = None,
+        rule: SizeRule | None = None,
+        index: IndexCache | None = None,
+    ):
         self.video, self.geometry = video, geometry
         self.decoded = self.hits = 0
-        self._budget = int(video.cache_gb * 1e9)
-        self._used = 0
-        self._clips: OrderedDict[tuple[str, int, int], Clip] = OrderedDict()
+        self.cache = cache or FrameCache(CacheSettings(host_bytes=int(video.cache_gb * 1e9)))
+        self._settings = settings or settings_of(video)
+        self._rule = rule or SizeRule("qwen2", video.min_pixels, video.max_pixels)
+        self._decode, self._pixels, self._index = decode, pixels, index or IndexCache()
+        self._lock = threading.Lock()
+        self._busy: dict[str, tuple[threading.Lock, int]] = {}
+        self._known: set[str] = set()
+        self._requests: OrderedDict[tuple[str, str], Request] = OrderedDict()
+        self._clips: weakref.WeakValueDictionary[str, Clip] = weakref.WeakValueDictionary()
+
+    def expect(self, order: Iterable[Path]) -> None:
+        """The files that will be loaded next, in order, perhaps endless: what eviction goes by."""
+        self.cache.expect(itertools.islice(order, HORIZON))
 
     def load(self, path: Path) -> Clip:
         """The clip of a file. Raises VideoError (V01-V06)."""
-        identity = self._identity(path)
-        if identity is not None and identity in self._clips:
-            self._clips.move_to_end(identity)
-            self.hits += 1
-            return self._clips[identity]
-        clip = self._decode(path)
-        self.decoded += 1
-        if identity is not None and clip.nbytes <= self._budget:
-            self._clips[identity] = clip
-            self._used += clip.nbytes
-            while self._used > self._budget:
-                self._used -= self._clips.popitem(last=False)[1].nbytes
+        for _ in range(2):
+            with contextlib.suppress(_Changed):
+                request = self._request(path)
+                with self._alone(request.run.name):
+                    return self._load(request)
+        raise video_error("VRLT-V02", path, "the file changes while it is read", fix="wait until it is written")
+
+    def prepare(self, path: Path) -> Request:
+        """What :meth:`load` will give, without decoding. Raises VideoError (V01-V06)."""
+        for _ in range(2):
+            with contextlib.suppress(_Changed):
+                return self._request(path)
+        raise video_error("VRLT-V02", path, "the file changes while it is read", fix="wait until it is written")
+
+    def _load(self, request: Request) -> Clip:
+        run = request.run
+        clip = self._clips.get(run.name)
+        if clip is not None:
+            self.cache.horizon.used(hint(request.path), run.nbytes)
+            with self._lock:
+                self.hits += 1
+            return clip
+        fetched = self.cache.fetch(run, hint(request.path), lambda slots: self._decode_slots(request, slots))
+        with self._lock:
+            self.decoded += fetched.fresh > 0
+            self.hits += fetched.fresh == 0
+        grid = (len(run.ticks), run.height, run.width)
+        key = run.name if fetched.exact else f"{run.name}-inexact"  # equal keys, equal patches
+        clip = Clip(fetched.patches, grid, request.times, request.seconds_per_grid, key, self.geometry)
+        if fetched.exact:
+            self._clips[run.name] = clip
         return clip
 
-    def _decode(self, path: Path) -> Clip:
-        index = probe(path)
-        numbers = sample_frames(index.n_frames, index.fps, self.video)
-        frames = decode_frames(index, numbers)
-        times = tuple(float(index.times[i]) for i in numbers)
-        v = self.video
-        plan = f"{self.geometry} {v.min_pixels} {v.max_pixels} {numbers}"
-        digest = hashlib.blake2b(digest_size=16, key=hashlib.sha256(plan.encode()).digest())
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-        return to_clip(
-            frames,
-            times,
-            seconds_per_grid=seconds_per_grid(index.n_frames, index.fps, len(numbers)),
-            geometry=self.geometry,
-            min_pixels=v.min_pixels,
-            max_pixels=v.max_pixels,
-            key=digest.hexdigest(),
-            where=str(path),
-        )
+    def _decode_slots(self, request: Request, slots: Sequence[int]) -> Decoded:
+        index = self._index.probe(request.path)
+        numbers = [TUBELET * slot + i for slot in slots for i in range(TUBELET)]
+        frames = [request.frames[number] for number in numbers]
+        ticks = [request.run.ticks[number // TUBELET][number % TUBELET] for number in numbers]
+        if max(frames) >= index.n_frames or index.ticks[frames].tolist() != ticks:
+            raise _Changed
+        decoded = self._decode(index, frames, request.size, self.geometry)
+        if self._index.content_hash(request.path) != request.content:
+            raise _Changed
+        return decoded
 
-    @staticmethod
-    def _identity(path: Path) -> tuple[str, int, int] | None:
+    def _request(self, path: Path) -> Request:
+        before = _identity(path)
+        with self._lock:
+            known = str(path) in self._known
+        index = None if known else self._index.probe(path)  # before hashing: it refuses what would take long to read
+        content = self._index.content_hash(path)
+        with self._lock:
+            request = self._requests.get((str(path), content))
+            if request is not None:
+                self._requests.move_to_end((str(path), content))
+                return request
+        request = self._new_request(index or self._index.probe(path), content)
+        if _identity(path) != before:
+            raise _Changed
+        with self._lock:
+            self._known.add(str(path))
+            self._requests[str(path), content] = request
+            if len(self._requests) > _REQUESTS:
+                self._requests.popitem(last=False)
+        return request
+
+    def _new_request(self, index: VideoIndex, content: str) -> Request:
+        path = index.path
+        choice = choose(index, self._settings)
+        beyond = [i for i in choice.frames if not 0 <= i < index.n_frames]
+        if beyond:
+            raise video_error("VRLT-V05", path, f"frame {beyond[0]} asked for, the file has {index.n_frames}")
         try:
-            stat = path.stat()
-        except OSError:
-            return None
-        return str(path), stat.st_size, stat.st_mtime_ns
+            size = self._rule.size(choice.sampled, *upright(index), self.geometry.factor)
+        except ValueError as error:
+            fix = "crop the video, or remove its lines"
+            raise video_error("VRLT-V06", path, "frames can't be resized", str(error), fix) from None
+        run = run_of(content, index, choice.frames, size, self.geometry, pixels=self._pixels(index))
+        return Request(path, content, run, choice.frames, size, choice.times, choice.seconds_per_grid)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """One thread a clip."""
+        with self._lock:
+            lock, users = self._busy.get(name, (threading.Lock(), 0))
+            self._busy[name] = lock, users + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                lock, users = self._busy.pop(name)
+                if users > 1:
+                    self._busy[name] = lock, users - 1
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content; empty where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,8 +63,10 @@ class Clip:
         return x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * TUBELET, 3, h * p, w * p)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """Qwen2-VL's target size: sides are multiples of ``factor``, the area lies within the bounds, the aspect is kept.
+
+    qwen-vl-utils' rule; a side that it would round to 0 stays at ``factor``, as transformers has it.
 
     Raises:
         ValueError: the aspect ratio is above 200.
@@ -81,6 +84,76 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         h = math.ceil(height * beta / factor) * factor
         w = math.ceil(width * beta / factor) * factor
     return h, w
+
+
+def smart_resize_clip(
+    n_frames: int, height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Qwen3-VL's target size: as :func:`smart_resize` with bounds on the pixels of all frames together; sides below
+    ``factor`` are scaled up first.
+
+    Raises:
+        ValueError: the aspect ratio is above 200, or there are fewer than two frames.
+    """
+    if n_frames < TUBELET:
+        raise ValueError(f"{n_frames} frames, fewer than the {TUBELET} of a temporal patch")
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(f"aspect ratio of {width} x {height} is above 200")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    t = round(n_frames / TUBELET) * TUBELET
+    if t * h * w > max_pixels:
+        beta = math.sqrt(n_frames * height * width / max_pixels)
+        h = max(factor, math.floor(height / beta / factor) * factor)
+        w = max(factor, math.floor(width / beta / factor) * factor)
+    elif t * h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (n_frames * height * width))
+        h = math.ceil(height * beta / factor) * factor
+        w = math.ceil(width * beta / factor) * factor
+    return h, w
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """The target size of a clip's frames, as the originals have it.
+
+    Args:
+        family: ``qwen2``: Qwen2-VL and Qwen2.5-VL, and qwen-vl-utils for all models: bounds of one frame.
+            ``qwen3``: transformers' Qwen3VLVideoProcessor: bounds of the clip.
+        min_pixels: least pixels of a frame; with ``qwen3`` of the clip (``size["shortest_edge"]``).
+        max_pixels: most pixels of a frame; None with ``qwen3``: as transformers without ``cap_pixels_per_frame``.
+        total_pixels: most pixels of the clip: qwen-vl-utils' ``total_pixels``, of which two frames take one share, and
+            transformers' ``size["longest_edge"]`` with ``qwen3``. None: no such bound.
+    """
+
+    family: Literal["qwen2", "qwen3"]
+    min_pixels: int
+    max_pixels: int | None
+    total_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        needed = "max_pixels" if self.family == "qwen2" else "total_pixels"
+        if getattr(self, needed) is None:
+            raise ValueError(f"the size rule {self.family!r} needs {needed}")
+
+    def size(self, n_frames: int, height: int, width: int, factor: int) -> tuple[int, int]:
+        """Height and width for ``n_frames`` frames (before one is repeated for a pair) of upright pictures.
+
+        Raises:
+            ValueError: see :func:`smart_resize` and :func:`smart_resize_clip`.
+        """
+        least = int(self.min_pixels * 1.05)
+        if self.family == "qwen2":
+            most: float = self.max_pixels or 0
+            if self.total_pixels is not None:
+                most = min(most, max(min(most, self.total_pixels / n_frames * TUBELET), least))
+            return smart_resize(height, width, factor, self.min_pixels, most)
+        total = self.total_pixels or 0
+        if self.max_pixels is not None:
+            total = max(min(self.max_pixels, total // n_frames), least) * n_frames
+        return smart_resize_clip(n_frames, height, width, factor, self.min_pixels, total)
 
 
 def patchify(frames: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, tuple[int, int, int]]:

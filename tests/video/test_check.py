@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vrlt_fast.data.check import check_dataset
+from vrlt_fast.config import VideoConfig
 from vrlt_fast.data.draw import write_mp4, write_png
+from vrlt_fast.video.check import check_dataset
 
 
 @pytest.fixture
@@ -66,6 +67,36 @@ def test_rounding_of_durations_is_no_problem(root: Path):
 
 def test_headers_can_be_left_alone(root: Path):
     assert check_dataset(write(root, video="noise.mp4"), open_videos=False).ok
+
+
+def test_one_problem_a_video_names_all_its_lines(root: Path):
+    path = write(root, video="noise.mp4")
+    path.write_text(path.read_text() + path.read_text().splitlines()[1].replace('"b"', '"c"') + "\n")
+    report = check_dataset(path)
+    assert [p.where for p in report.problems] == ["x.jsonl:2"]
+    assert "also lines 3" in report.problems[0].what
+    assert report.rejected == {2: ("VRLT-V02",), 3: ("VRLT-V02",)}
+
+
+def test_decoding_finds_what_demuxing_does_not(root: Path):
+    frames = np.random.default_rng(1).integers(0, 255, (40, 64, 64, 3), np.uint8)
+    whole = root / "whole.mp4"
+    write_mp4(frames, whole)
+    content = bytearray(whole.read_bytes())
+    start = content.index(b"mdat") + 4
+    middle = start + (len(content) - start) // 3
+    content[middle : middle + 4000] = bytes(4000)
+    (root / "damaged.mp4").write_bytes(content)
+    path = write(root, video="damaged.mp4", duration=5)
+    assert check_dataset(path).ok
+    steps: list[tuple[int, int]] = []
+    video = VideoConfig(fps=8, min_frames=2, max_frames=40, workers=0)
+    report = check_dataset(path, decode=video, progress=lambda done, total: steps.append((done, total)))
+    assert [(p.code[:6], p.where) for p in report.problems] == [("VRLT-V", "x.jsonl:2")]
+    assert (report.decoded, steps) == (2, [(1, 2), (2, 2)])
+    tolerant = check_dataset(path, decode=video.model_copy(update={"on_error": "tolerant"}))
+    assert tolerant.ok
+    assert tolerant.substituted > 0
 
 
 def test_a_playlist_is_not_followed(root: Path):

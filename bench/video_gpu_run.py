@@ -27,11 +27,11 @@ from vrlt_fast.video.backends.pyav import PyAVBackend
 from vrlt_fast.video.backends.torchcodec import TorchcodecBackend
 from vrlt_fast.video.cache import ClipLoader
 from vrlt_fast.video.decode import Decoder
-from vrlt_fast.video.frame_cache import CacheSettings, Decoded, FrameCache
 from vrlt_fast.video.index import VideoIndex, probe
 from vrlt_fast.video.plan import plan_decode
 from vrlt_fast.video.prefetch import Prefetcher
 from vrlt_fast.video.preprocess import Geometry
+from vrlt_fast.video.store.frame_cache import CacheSettings, Decoded, FrameCache
 from vrlt_kernels import NV12, patchify
 
 GEOMETRY = Geometry(14, 2)

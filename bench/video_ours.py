@@ -17,11 +17,11 @@ from vrlt_fast.config import VideoConfig
 from vrlt_fast.video.backends.pyav import PyAVBackend
 from vrlt_fast.video.cache import ClipLoader
 from vrlt_fast.video.decode import Decoder, decode_frames
-from vrlt_fast.video.frame_cache import CacheSettings, Decoded, FrameCache
 from vrlt_fast.video.index import VideoIndex, probe
 from vrlt_fast.video.plan import plan_decode, split_plan
 from vrlt_fast.video.preprocess import Geometry, SizeRule, patchify, resize
 from vrlt_fast.video.sampling import TUBELET, SampleSettings, choose
+from vrlt_fast.video.store.frame_cache import CacheSettings, Decoded, FrameCache
 from vrlt_kernels.patchify import patchify_into
 
 GEOMETRY = Geometry(14, 2)

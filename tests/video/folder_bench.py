@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vrlt_fast.video.entry import Run
-from vrlt_fast.video.eviction import Horizon, hint
-from vrlt_fast.video.store import Store
+from vrlt_fast.video.store.entry import Run
+from vrlt_fast.video.store.eviction import Horizon, hint
+from vrlt_fast.video.store.folder import Store
 
 
 def run(number: int, tubelets: int = 3, row: int = 1176) -> Run:

@@ -15,15 +15,15 @@ import torch
 
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.errors import VideoError
-from vrlt_fast.video import frame_cache
 from vrlt_fast.video.cache import ClipLoader, decode_plainly, decoding
 from vrlt_fast.video.decode import Decoder
-from vrlt_fast.video.entry import Run, file_size
-from vrlt_fast.video.eviction import hint
-from vrlt_fast.video.frame_cache import CacheSettings, Decoded, FrameCache, run_of, shared_folder
 from vrlt_fast.video.index import probe
 from vrlt_fast.video.preprocess import Geometry
 from vrlt_fast.video.sampling import SampleSettings
+from vrlt_fast.video.store import frame_cache
+from vrlt_fast.video.store.entry import Run, file_size
+from vrlt_fast.video.store.eviction import hint
+from vrlt_fast.video.store.frame_cache import CacheSettings, Decoded, FrameCache, run_of, shared_folder
 
 VIDEO = {"sampling": "fps", "fps": 2.0, "min_pixels": 784, "max_pixels": 4704}
 

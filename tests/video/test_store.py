@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.video.folder_bench import Bench, patches, put, run
-from vrlt_fast.video.entry import BLOCK, MAGIC, SCHEMA, Damaged, Run, checksums, file_size, preamble, read_head
-from vrlt_fast.video.eviction import Horizon, hint
+from vrlt_fast.video.store.entry import BLOCK, MAGIC, SCHEMA, Damaged, Run, checksums, file_size, preamble, read_head
+from vrlt_fast.video.store.eviction import Horizon, hint
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.video.folder_bench import Bench, in_child, patches, put, run
-from vrlt_fast.video.eviction import hint
+from vrlt_fast.video.store.eviction import hint
 
 NEWNS, NEWUSER, READ_ONLY, REMOUNT = 0x20000, 0x10000000, 1, 32
 

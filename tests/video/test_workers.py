@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from vrlt_fast.errors import Problem, VideoError
-from vrlt_fast.video import workers as workers_module
 from vrlt_fast.video.index import probe
 from vrlt_fast.video.plan import plan_decode
 from vrlt_fast.video.preprocess import Geometry
-from vrlt_fast.video.shared import map_bytes, shared_bytes
-from vrlt_fast.video.wire import receive, send
-from vrlt_fast.video.workers import Task, WorkerLost, WorkerPool
+from vrlt_fast.video.workers import pool as workers_module
+from vrlt_fast.video.workers.pool import Task, WorkerLost, WorkerPool
+from vrlt_fast.video.workers.shared import map_bytes, shared_bytes
+from vrlt_fast.video.workers.wire import receive, send
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '''
@@ -276,7 +276,7 @@ import json, os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from tests.video.test_workers import Bench, children_of, helper
-from vrlt_fast.video.workers import WorkerPool
+from vrlt_fast.video.workers.pool import WorkerPool
 import threading
 pool = WorkerPool(1, deadline_s=100, paths=({hostile!r},))
 bench = Bench(Path({film!r}))

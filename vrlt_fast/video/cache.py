@@ -13,13 +13,13 @@ from pathlib import Path
 
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.video.decode import Decoder, decode_frames
-from vrlt_fast.video.entry import Run
-from vrlt_fast.video.eviction import hint
-from vrlt_fast.video.frame_cache import CacheSettings, Decoded, FrameCache, run_of
 from vrlt_fast.video.index import VideoIndex, video_error
 from vrlt_fast.video.index_cache import IndexCache
 from vrlt_fast.video.preprocess import Clip, Geometry, SizeRule, patchify, resize
 from vrlt_fast.video.sampling import TUBELET, SampleSettings, choose, settings_of
+from vrlt_fast.video.store.entry import Run
+from vrlt_fast.video.store.eviction import hint
+from vrlt_fast.video.store.frame_cache import CacheSettings, Decoded, FrameCache, run_of
 
 Decode = Callable[[VideoIndex, Sequence[int], tuple[int, int], Geometry], Decoded]
 """From an index, frame numbers, height and width, and the tower's geometry to patches. Raises VideoError."""

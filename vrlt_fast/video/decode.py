@@ -23,9 +23,9 @@ from vrlt_fast.video.index import VideoIndex, video_error
 from vrlt_fast.video.plan import DecodePlan, plan_decode, split_plan
 from vrlt_fast.video.poison import PoisonList
 from vrlt_fast.video.preprocess import Geometry
-from vrlt_fast.video.shared import shared_bytes
-from vrlt_fast.video.worker_main import load_backend
-from vrlt_fast.video.workers import Done, Task, WorkerLost, WorkerPool
+from vrlt_fast.video.workers.main import load_backend
+from vrlt_fast.video.workers.pool import Done, Task, WorkerLost, WorkerPool
+from vrlt_fast.video.workers.shared import shared_bytes
 
 _PYAV = "vrlt_fast.video.backends.pyav:PyAVBackend"
 BACKENDS = {

@@ -14,10 +14,10 @@ import torch
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.video.cache import HORIZON, ClipLoader, decoding
 from vrlt_fast.video.decode import Decoder
-from vrlt_fast.video.frame_cache import CacheSettings, FrameCache, shared_folder
 from vrlt_fast.video.index_cache import IndexCache
 from vrlt_fast.video.prefetch import Prefetcher
 from vrlt_fast.video.preprocess import Clip, Geometry
+from vrlt_fast.video.store.frame_cache import CacheSettings, FrameCache, shared_folder
 
 _GB = 10**9
 

@@ -27,7 +27,7 @@ from vrlt_fast.errors import VideoError
 from vrlt_fast.video.backends.base import DecodeStats
 from vrlt_fast.video.plan import DecodePlan
 from vrlt_fast.video.preprocess import Geometry
-from vrlt_fast.video.wire import receive, send
+from vrlt_fast.video.workers.wire import receive, send
 
 PIXELS_PER_SECOND = 1e8
 """A slow guess: HEVC on an old core. Deadlines grow with the work at five times what it takes at this rate."""
@@ -35,7 +35,7 @@ _GRACE_S = 5.0
 _BOOT = """
 import json, os, sys
 sys.path[:] = json.loads(sys.argv[2])
-from vrlt_fast.video.worker_main import serve
+from vrlt_fast.video.workers.main import serve
 serve(int(sys.argv[1]))
 os._exit(0)
 """

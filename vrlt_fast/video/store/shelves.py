@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vrlt_fast.video.eviction import Entry, Horizon
+from vrlt_fast.video.store.eviction import Entry, Horizon
 
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 """Opens no link, and doesn't wait for the other end of a FIFO."""

@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 import torch
 
-from vrlt_fast.video.entry import SCHEMA, Run
-from vrlt_fast.video.eviction import Entry, Evictor, Horizon
 from vrlt_fast.video.index import VideoIndex
 from vrlt_fast.video.preprocess import Geometry
 from vrlt_fast.video.sampling import TUBELET
-from vrlt_fast.video.store import Claim, Store
+from vrlt_fast.video.store.entry import SCHEMA, Run
+from vrlt_fast.video.store.eviction import Entry, Evictor, Horizon
+from vrlt_fast.video.store.folder import Claim, Store
 
 LAYOUT = "merged-1"
 """Order of patches and of the bytes in them, as :func:`vrlt_fast.video.preprocess.patchify` has it."""
@@ -204,7 +204,7 @@ class FrameCache:
         """A run's patches, uint8 ``run.shape``.
 
         Args:
-            hint: :func:`vrlt_fast.video.eviction.hint` of the path, as it is in :meth:`expect`.
+            hint: :func:`vrlt_fast.video.store.eviction.hint` of the path, as it is in :meth:`expect`.
             decode: gives the patches of the tubelets of these numbers; called at most once.
         """
         self.horizon.used(hint, run.nbytes)

@@ -21,8 +21,8 @@ from vrlt_fast.errors import VideoError
 from vrlt_fast.video.backends.pyav import Cancelled
 from vrlt_fast.video.fill import PatchSink, grid_of, patch_shape
 from vrlt_fast.video.preprocess import Geometry
-from vrlt_fast.video.shared import map_bytes
-from vrlt_fast.video.wire import receive, send
+from vrlt_fast.video.workers.shared import map_bytes
+from vrlt_fast.video.workers.wire import receive, send
 
 _PR_SET_PDEATHSIG = 1
 _REAP_S = 2.0

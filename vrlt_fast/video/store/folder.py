@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from vrlt_fast.video.entry import Damaged, Run, file_size, map_patches, preamble, read_head
-from vrlt_fast.video.eviction import Entry, Evictor, Horizon
-from vrlt_fast.video.shelves import READ, Shelves, aside_name, entry_name, still_named, try_lock
+from vrlt_fast.video.store.entry import Damaged, Run, file_size, map_patches, preamble, read_head
+from vrlt_fast.video.store.eviction import Entry, Evictor, Horizon
+from vrlt_fast.video.store.shelves import READ, Shelves, aside_name, entry_name, still_named, try_lock
 
 PAUSE_S = 60.0
 """Seconds without writes after one failed."""

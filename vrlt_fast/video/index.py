@@ -295,8 +295,10 @@ def _ticks(
         shown &= ~missing
     elif missing.any():
         flags |= {"no_pts"} if missing.all() else {"no_pts", "missing_pts"}
-    elif "avi" in names and stream.codec_context.name in READERS and stream.codec_context.has_b_frames:
-        flags.add("no_pts")  # AVI stores decode times only, what FFmpeg makes of them is wrong
+    elif stream.codec_context.has_b_frames and (
+        "asf" in names or ("avi" in names and stream.codec_context.name in READERS)
+    ):
+        flags.add("no_pts")  # these store decode times only, what FFmpeg makes of them is wrong
     if not shown.any():
         raise video_error("VRLT-V04", path, "video has no decodable frames", "no packet is shown")
     if "no_pts" in flags:

@@ -66,8 +66,8 @@ def _checked(index: VideoIndex, frames: Iterable[int]) -> list[int]:
 
 
 def is_counted(index: VideoIndex) -> bool:
-    """Whether frames are told by counting them: their times are missing, or (ASF) guessed from decode times."""
-    return "no_pts" in index.flags or "asf" in index.container.split(",")
+    """Whether frames are told by counting them, as their times are missing or guessed."""
+    return "no_pts" in index.flags
 
 
 def _is_sequential(index: VideoIndex) -> bool:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # decodes videos on the GPU: says whether libnvcuvid loads, tests the decoders, measures cells H1 to H5
 small="${GPU_CHECK_SMALL:-}"
-tests=(tests/gpu/test_video_gpu.py tests/video/test_remux.py tests/video/test_backends.py tests/video/test_dali.py)
+tests=(tests/gpu/test_patchify_gpu.py tests/gpu/test_video_gpu.py tests/video/test_remux.py tests/video/test_backends.py tests/video/test_dali.py)
 tests+=(-q -rs -p no:cacheprovider -p no:randomly --durations=5)
 bench=(-m bench video_gpu --out "$OUT" --work "${TMPDIR:-/tmp}/vrlt-bench-video")
 

@@ -22,7 +22,7 @@ class KeyValues:
     values: list[torch.Tensor] = field(default_factory=list)
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys.append(key)
         self.values.append(value)
@@ -37,7 +37,7 @@ class Extension:
     group: torch.Tensor
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys = torch.cat([self.prefix.keys[layer].index_select(0, self.group), key], dim=2)
         values = torch.cat([self.prefix.values[layer].index_select(0, self.group), value], dim=2)

@@ -23,7 +23,7 @@ class DecodeCache:
         return out
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key.shape[2]
         self._keys[layer][:, :, self.length : end] = key

@@ -54,7 +54,7 @@ struct Launch {
         static_cast<const float*>(inverse.const_data_ptr()),
         inverse.numel() != 1,
     };
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
   }
   cudaStream_t cuda_stream() const { return static_cast<cudaStream_t>(stream); }
 

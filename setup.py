@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -70,11 +71,15 @@ class BuildNative(build_ext):
         out.mkdir(parents=True, exist_ok=True)
         include = [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-isystem", str(base / "include")]
         x86 = platform.machine() in ("x86_64", "AMD64")
-        objects = []
-        for name, flags in CPU_SOURCES.items():
-            if x86 or name not in X86_ONLY:
-                objects.append(str(out / f"{name}.o"))
-                command([cxx, *COMMON, *flags, *include, "-c", f"csrc/{name}", "-o", objects[-1]])
+        sources = {name: flags for name, flags in CPU_SOURCES.items() if x86 or name not in X86_ONLY}
+        objects = [str(out / f"{name}.o") for name in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = [
+                pool.submit(command, [cxx, *COMMON, *flags, *include, "-c", f"csrc/{name}", "-o", to])
+                for (name, flags), to in zip(sources.items(), objects, strict=True)
+            ]
+            for each in compiling:
+                each.result()
         linker, libraries = [cxx, "-shared"], [f"-L{base / 'lib'}", "-ltorch_cpu"]
         nvcc = shutil.which("nvcc")
         if torch.version.cuda and nvcc:
@@ -94,7 +99,7 @@ class BuildNative(build_ext):
         kernel, binding = str(out / "row_cluster.cu.o"), str(out / "binding_cuda.cpp.o")
         common = [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", *include]
         try:
-            command([*common, *GENCODE, "-c", "csrc/row_cluster.cu", "-o", kernel])
+            command([*common, *GENCODE, "--threads", "0", "-c", "csrc/row_cluster.cu", "-o", kernel])
             command([*common, "-DUSE_CUDA", "-c", "csrc/binding_cuda.cpp", "-o", binding])
         except CompileError as error:
             if SWITCH == "1":

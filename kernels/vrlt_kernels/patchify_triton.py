@@ -1,17 +1,19 @@
 """The Triton kernel of ``patchify``; imported only where triton is installed.
 
-A program resizes one merged patch of one frame: the window of source pixels that it reads, in blocks, times the
-weights of its columns, then of its rows, both as small matrix products on the tensor cores. In fixed point a weight is
-256 high + low: bytes and pixels are exact in fp16, and so is the sum of a block of their products in fp32, so the
-result is the CPU's to the bit. Weights of the fp32 route are split into three tf32 products.
-Sizes, strides and the number of frames are runtime arguments; patch, merge and tubelet are constants.
+A program resizes one merged patch of one frame: the window of source pixels that it reads times the weights of its
+columns, then of its rows, both as small matrix products on the tensor cores. The weights come from the host as dense
+matrices [outputs, window], so that a program loads few wide vectors of them and each pixel once.
+Fixed point: 127 - x is an int8 for every byte x, and -w = 256 high + low is two of them for every weight, so that
+w x = (-w) (127 - x) + 127 w is exact in int32, and the result is the CPU's to the bit. fp32 weights become two fp16,
+and between the axes the lines too.
+Sizes, strides and the number of frames are runtime arguments; patch, merge, tubelet and the block are constants.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -22,9 +24,11 @@ from .patchify_ref import YUV_BITS, Geometry, axis
 
 _BITS = tl.constexpr(YUV_BITS)
 _HALF = tl.constexpr(1 << (YUV_BITS - 1))
+_SCALE = 4096.0  # of fp32 weights, so that the lower half of one isn't subnormal in fp16
+_UNSCALE = tl.constexpr(1 / _SCALE)
 # Pictures of all sizes come by, and nothing is read or written but single values: no number is worth a compilation.
 _RUNTIME = [
-    "height", "width", "across", "down", "x_taps", "y_taps", "x_precision", "y_precision", "x_blocks", "y_blocks",
+    "height", "width", "across", "down", "x_precision", "y_precision", "x_blocks", "y_blocks",
     "out_stride", "frames_stride", "row_stride", "column_stride", "channel_stride",
     "uv_stride", "uv_row_stride", "uv_column_stride", "uv_channel_stride",
 ]  # fmt: skip
@@ -44,75 +48,116 @@ def _pixel(rows, columns, height, width, ROTATION: tl.constexpr):
 
 
 @triton.jit
-def _channel(
-    frame, chroma, factors, y, x, inside, c, row_stride, column_stride, channel_stride,
-    uv_row_stride, uv_column_stride, uv_channel_stride, NV12: tl.constexpr,
-):  # fmt: skip
-    """One channel of the pixels, int32, 0 outside."""
-    at = frame + (y * row_stride + x * column_stride)
-    if not NV12:
-        return tl.load(at + c * channel_stride, mask=inside, other=0).to(tl.int32)
-    luma = tl.load(at, mask=inside, other=0).to(tl.int32)
-    pair = chroma + ((y >> 1) * uv_row_stride + (x >> 1) * uv_column_stride)
-    u = tl.load(pair, mask=inside, other=0).to(tl.int32) - 128
-    v = tl.load(pair + uv_channel_stride, mask=inside, other=0).to(tl.int32) - 128
-    total = (luma - tl.load(factors)) * tl.load(factors + 1) + _HALF
-    total += u * tl.load(factors + 2 + 2 * c) + v * tl.load(factors + 3 + 2 * c)
-    return tl.where(inside, tl.minimum(tl.maximum(total >> _BITS, 0), 255), 0)
-
-
-@triton.jit
-def _weights(low, table, taps, first, pixels, outputs, valid, OUTPUT_DIM: tl.constexpr):
-    """Weights of ``outputs`` for ``pixels``, one of them along each dimension; 0 where an output doesn't read."""
-    start = tl.load(low + first + outputs, mask=valid, other=0)
-    if OUTPUT_DIM == 1:
-        tap = pixels[:, None] - start[None, :]
-        at = ((first + outputs) * taps)[None, :] + tap
-        return tl.load(table + at, mask=(tap >= 0) & (tap < taps) & valid[None, :], other=0)
-    else:
-        tap = pixels[None, :] - start[:, None]
-        at = ((first + outputs) * taps)[:, None] + tap
-        return tl.load(table + at, mask=(tap >= 0) & (tap < taps) & valid[:, None], other=0)
-
-
-@triton.jit
-def _level(total, precision):
-    """A fixed-point sum to 0..255, rounded."""
-    half = (1 << precision) >> 1
-    return tl.minimum(tl.maximum((total + half) >> precision, 0), 255)
-
-
-@triton.jit
-def _product(a, b, total, FIXED: tl.constexpr, WEIGHTS_FIRST: tl.constexpr):
-    """total + a @ b, of which one holds weights and the other pixels in 0..255."""
+def _operand(x, FIXED: tl.constexpr):
+    """Levels 0..255 as the products take them: 127 - x in int8, or fp16."""
     if FIXED:
-        w = a if WEIGHTS_FIRST else b
-        low = ((w + 128) & 255) - 128
-        high = (w - low) >> 8
-        if WEIGHTS_FIRST:
-            pixels = b.to(tl.float16)
-            fine, coarse = tl.dot(low.to(tl.float16), pixels), tl.dot(high.to(tl.float16), pixels)
-        else:
-            pixels = a.to(tl.float16)
-            fine, coarse = tl.dot(pixels, low.to(tl.float16)), tl.dot(pixels, high.to(tl.float16))
-        return total + fine.to(tl.int32) + (coarse.to(tl.int32) << 8)
+        return (x ^ 0x7F).to(tl.uint8).to(tl.int8, bitcast=True)
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="tf32x3")
+        return (x | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def _colours(
+    frame, chroma, factors, y, x, row_stride, column_stride, channel_stride,
+    uv_row_stride, uv_column_stride, uv_channel_stride, NV12: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Red, green and blue of the pixels, as operands."""
+    at = frame + (y * row_stride + x * column_stride)
+    if NV12:
+        pair = chroma + ((y >> 1) * uv_row_stride + (x >> 1) * uv_column_stride)
+        luma = (tl.load(at).to(tl.int32) - tl.load(factors)) * tl.load(factors + 1) + _HALF
+        u = tl.load(pair).to(tl.int32) - 128
+        v = tl.load(pair + uv_channel_stride).to(tl.int32) - 128
+        red = (luma + v * tl.load(factors + 3)) >> _BITS
+        green = (luma + u * tl.load(factors + 4) + v * tl.load(factors + 5)) >> _BITS
+        blue = (luma + u * tl.load(factors + 6)) >> _BITS
+        red, green, blue = _clamped(red), _clamped(green), _clamped(blue)
+    else:
+        red = tl.load(at).to(tl.int16)
+        green = tl.load(at + channel_stride).to(tl.int16)
+        blue = tl.load(at + 2 * channel_stride).to(tl.int16)
+    return _operand(red, FIXED), _operand(green, FIXED), _operand(blue, FIXED)
+
+
+@triton.jit
+def _clamped(x):
+    return tl.minimum(tl.maximum(x, 0), 255)
+
+
+@triton.jit
+def _product(high, low, pixels, total, FIXED: tl.constexpr):
+    """total + weights [M, K] @ pixels [K, N], the weights in two halves."""
+    if FIXED:
+        return total + (tl.dot(high, pixels, out_dtype=tl.int32) << 8) + tl.dot(low, pixels, out_dtype=tl.int32)
+    else:
+        return tl.dot(low, pixels, tl.dot(high, pixels, total))
+
+
+@triton.jit
+def _columns_done(lines, sums, precision, FIXED: tl.constexpr):
+    """Sums over the columns, finished: levels as operands, or fp32."""
+    if FIXED:
+        return _operand(_level(lines, sums[:, None], precision), FIXED)
+    else:
+        return lines * _UNSCALE
+
+
+@triton.jit
+def _rows_product(high, low, lines, total, FIXED: tl.constexpr):
+    """total + weights [M, K] @ lines^T, with lines [N, K]; fp32 lines in two halves as well."""
+    if FIXED:
+        return _product(high, low, tl.trans(lines), total, FIXED)
+    else:
+        coarse = lines.to(tl.float16)
+        fine = tl.trans((lines - coarse.to(tl.float32)).to(tl.float16))
+        return _product(high, low, tl.trans(coarse), tl.dot(high, fine, total), FIXED)
+
+
+@triton.jit
+def _level(total, sums, precision):
+    """A fixed-point sum of (-w) (127 - x) to the level 0..255 of w x, rounded."""
+    half = (1 << precision) >> 1
+    return _clamped((total + sums * 127 + half) >> precision)
+
+
+@triton.jit
+def _store(to, total, sums, precision, mean, std, inside, FIXED: tl.constexpr, NORMALISE: tl.constexpr):
+    """A channel of the merged patch, rounded and, asked for, normalised."""
+    if FIXED:
+        levels = _level(total, sums[:, None], precision)
+    else:
+        # Half to even: adding this leaves no room for a fraction.
+        bounded = tl.minimum(tl.maximum(total * _UNSCALE, 0.0), 255.0)
+        levels = ((bounded + 12582912.0) - 12582912.0).to(tl.int32)
+    if NORMALISE:
+        value = tl.div_rn(levels.to(tl.float32) - tl.load(mean), tl.load(std))
+        if to.dtype.element_ty == tl.bfloat16:
+            # Rounded here, half to even: the interpreter's conversion cuts off.
+            bits = value.to(tl.int32, bitcast=True)
+            value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        tl.store(to, value.to(to.dtype.element_ty), mask=inside)
+    else:
+        tl.store(to, levels.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["out", "frames", "uv"])
 def patchify_kernel(
-    out, frames, uv, slots, factors, mean_std, x_low, x_end, x_weights, y_low, y_end, y_weights,
-    height, width, across, down, x_taps, y_taps, x_precision, y_precision, x_blocks, y_blocks,
+    out, frames, uv, slots, factors, mean_std, x_first, x_high, x_low, x_sums, y_first, y_high, y_low, y_sums,
+    height, width, across, down, x_precision, y_precision, x_blocks, y_blocks,
     out_stride, frames_stride, row_stride, column_stride, channel_stride,
     uv_stride, uv_row_stride, uv_column_stride, uv_channel_stride,
     PATCH: tl.constexpr, MERGE: tl.constexpr, TUBELET: tl.constexpr, ROTATION: tl.constexpr, NV12: tl.constexpr,
-    FIXED: tl.constexpr, NORMALISE: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, FIXED: tl.constexpr, NORMALISE: tl.constexpr,
+    SIDE: tl.constexpr, X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a frame and merged patch, of which a picture has ``down`` x ``across``. ``height``: the source's."""
-    FACTOR: tl.constexpr = PATCH * MERGE
     KIND: tl.constexpr = tl.int32 if FIXED else tl.float32
     program = tl.program_id(0).to(tl.int64)
+    if PACKED:
+        column_stride = 1 if NV12 else 3
+        channel_stride = 1
+        uv_column_stride = 2
+        uv_channel_stride = 1
     i = program // (across * down)
     token = (program % (across * down)).to(tl.int32)
     bh = token // across
@@ -120,74 +165,100 @@ def patchify_kernel(
     slot = tl.load(slots + i)
     frame = frames + i * frames_stride
     chroma = uv + i * uv_stride
+    turned: tl.constexpr = ROTATION == 90 or ROTATION == 270
+    last_row = (width if turned else height) - 1
+    last_column = (height if turned else width) - 1
 
     outputs = tl.arange(0, SIDE)
-    valid = outputs < FACTOR
-    left = tl.min(tl.load(x_low + bw * FACTOR + outputs, mask=valid, other=2147483647), 0)
-    top = tl.min(tl.load(y_low + bh * FACTOR + outputs, mask=valid, other=2147483647), 0)
-    right = tl.max(tl.load(x_end + bw * FACTOR + outputs, mask=valid, other=0), 0)
-    bottom = tl.max(tl.load(y_end + bh * FACTOR + outputs, mask=valid, other=0), 0)
-    block = tl.arange(0, BLOCK)
+    left = tl.load(x_first + bw)
+    top = tl.load(y_first + bh)
+    x_weights = ((bw * SIDE + outputs) * (x_blocks * X_BLOCK))[:, None] + tl.arange(0, X_BLOCK)[None, :]
+    y_weights = ((bh * SIDE + outputs) * (y_blocks * Y_BLOCK))[:, None] + tl.arange(0, Y_BLOCK)[None, :]
+    x_totals = tl.load(x_sums + bw * SIDE + outputs)
+    y_totals = tl.load(y_sums + bh * SIDE + outputs)
+    red = tl.zeros([SIDE, SIDE], KIND)
+    green = tl.zeros([SIDE, SIDE], KIND)
+    blue = tl.zeros([SIDE, SIDE], KIND)
+    for rows_at in range(0, y_blocks):
+        # Beyond the picture weights are 0: any pixel will do.
+        rows = tl.minimum(top + rows_at * Y_BLOCK + tl.arange(0, Y_BLOCK), last_row)
+        red_lines = tl.zeros([SIDE, Y_BLOCK], KIND)
+        green_lines = tl.zeros([SIDE, Y_BLOCK], KIND)
+        blue_lines = tl.zeros([SIDE, Y_BLOCK], KIND)
+        for columns_at in range(0, x_blocks):
+            columns = tl.minimum(left + columns_at * X_BLOCK + tl.arange(0, X_BLOCK), last_column)
+            y, x = _pixel(rows[:, None], columns[None, :], height, width, ROTATION)
+            r, g, b = _colours(
+                frame, chroma, factors, y, x, row_stride, column_stride, channel_stride,
+                uv_row_stride, uv_column_stride, uv_channel_stride, NV12, FIXED,
+            )  # fmt: skip
+            high = tl.load(x_high + x_weights + columns_at * X_BLOCK)
+            low = tl.load(x_low + x_weights + columns_at * X_BLOCK)
+            red_lines = _product(high, low, tl.trans(r), red_lines, FIXED)
+            green_lines = _product(high, low, tl.trans(g), green_lines, FIXED)
+            blue_lines = _product(high, low, tl.trans(b), blue_lines, FIXED)
+        high = tl.load(y_high + y_weights + rows_at * Y_BLOCK)
+        low = tl.load(y_low + y_weights + rows_at * Y_BLOCK)
+        red = _rows_product(high, low, _columns_done(red_lines, x_totals, x_precision, FIXED), red, FIXED)
+        green = _rows_product(high, low, _columns_done(green_lines, x_totals, x_precision, FIXED), green, FIXED)
+        blue = _rows_product(high, low, _columns_done(blue_lines, x_totals, x_precision, FIXED), blue, FIXED)
 
     patch_row = ((slot // TUBELET * down + bh) * across + bw) * (MERGE * MERGE)
     patch_row = patch_row + (outputs // PATCH * MERGE)[:, None] + (outputs // PATCH)[None, :]
     cell = (outputs % PATCH * PATCH)[:, None] + (outputs % PATCH)[None, :]
     to = out + patch_row * out_stride + cell + slot % TUBELET * (PATCH * PATCH)
-    for c in range(3):
-        picture = tl.zeros([SIDE, SIDE], KIND)
-        for rows_at in range(0, y_blocks):
-            rows = top + rows_at * BLOCK + block
-            lines = tl.zeros([BLOCK, SIDE], KIND)
-            for columns_at in range(0, x_blocks):
-                columns = left + columns_at * BLOCK + block
-                inside = (rows < bottom)[:, None] & (columns < right)[None, :]
-                y, x = _pixel(rows[:, None], columns[None, :], height, width, ROTATION)
-                values = _channel(
-                    frame, chroma, factors, y, x, inside, c, row_stride, column_stride, channel_stride,
-                    uv_row_stride, uv_column_stride, uv_channel_stride, NV12,
-                )  # fmt: skip
-                w = _weights(x_low, x_weights, x_taps, bw * FACTOR, columns, outputs, valid, 1).to(KIND)
-                lines = _product(values, w, lines, FIXED, False)
-            if FIXED:
-                lines = _level(lines, x_precision)
-            w = _weights(y_low, y_weights, y_taps, bh * FACTOR, rows, outputs, valid, 0).to(KIND)
-            picture = _product(w, lines, picture, FIXED, True)
-        if FIXED:
-            levels = _level(picture, y_precision)
-        else:
-            # Half to even: adding this leaves no room for a fraction.
-            bounded = tl.minimum(tl.maximum(picture, 0.0), 255.0)
-            levels = ((bounded + 12582912.0) - 12582912.0).to(tl.int32)
-        at = to + c * (TUBELET * PATCH * PATCH)
-        inside = valid[:, None] & valid[None, :]
-        if NORMALISE:
-            value = tl.div_rn(levels.to(tl.float32) - tl.load(mean_std + c), tl.load(mean_std + 3 + c))
-            if out.dtype.element_ty == tl.bfloat16:
-                # Rounded here, half to even: the interpreter's conversion cuts off.
-                bits = value.to(tl.int32, bitcast=True)
-                value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-            tl.store(at, value.to(out.dtype.element_ty), mask=inside)
-        else:
-            tl.store(at, levels.to(tl.uint8), mask=inside)
+    channel = TUBELET * PATCH * PATCH
+    valid = outputs < PATCH * MERGE
+    inside = valid[:, None] & valid[None, :]
+    _store(to, red, y_totals, y_precision, mean_std, mean_std + 3, inside, FIXED, NORMALISE)
+    _store(to + channel, green, y_totals, y_precision, mean_std + 1, mean_std + 4, inside, FIXED, NORMALISE)
+    _store(to + 2 * channel, blue, y_totals, y_precision, mean_std + 2, mean_std + 5, inside, FIXED, NORMALISE)
 
 
 class _Table(NamedTuple):
-    """An axis on the device, and how many source pixels a merged patch reads at most."""
+    """An axis on the device: of every merged patch the first pixel it reads, and its weights over a window from there.
 
+    ``first`` int32 [patches]; ``high`` and ``low`` [patches, side, window], the halves of -w in int8 or of w in fp16;
+    ``sums`` int32 [patches, side], of w. The window is ``blocks`` x ``block`` pixels.
+    """
+
+    first: torch.Tensor
+    high: torch.Tensor
     low: torch.Tensor
-    end: torch.Tensor
-    weights: torch.Tensor
+    sums: torch.Tensor
     precision: int
-    window: int
+    block: int
+    blocks: int
 
 
 @lru_cache(maxsize=256)
-def _table(size_in: int, size_out: int, resample: str, factor: int, device: torch.device) -> _Table:
+def _table(
+    size_in: int, size_out: int, resample: str, *, factor: int, side: int, most: int, device: torch.device
+) -> _Table:
+    """``most``: pixels of a block at most, 32 or 64."""
     with torch.inference_mode(False):
         table = axis(size_in, size_out, resample)
-        spans = table.end.view(-1, factor).amax(1) - table.low.view(-1, factor).amin(1)
-        low, end, weights = (x.to(device) for x in table[:3])
-        return _Table(low, end, weights, table.precision, int(spans.max()))
+        first = table.low.view(-1, factor).amin(1)
+        span = int((table.end.view(-1, factor).amax(1) - first).max())
+        block = 32 if span <= 32 else most
+        blocks = triton.cdiv(span, block)
+        native, taps = resample == "native", table.weights.shape[1]
+        weights = torch.zeros(len(first), side, blocks * block + taps, dtype=torch.int32 if native else torch.float32)
+        at = (table.low.view(-1, factor) - first[:, None])[:, :, None] + torch.arange(taps)
+        weights[:, :factor].scatter_(2, at.long(), table.weights.view(-1, factor, taps).to(weights.dtype))
+        weights = weights[:, :, : blocks * block]
+        if native:
+            low = ((128 - weights) & 255) - 128
+            high, low = ((-weights - low) >> 8).to(torch.int8), low.to(torch.int8)
+            sums = weights.sum(2, dtype=torch.int32)
+        else:
+            high = (weights * _SCALE).half()
+            low, sums = (
+                (weights * _SCALE - high.float()).half(),
+                weights.new_zeros(weights.shape[:2], dtype=torch.int32),
+            )
+        first, high, low, sums = (x.contiguous().to(device) for x in (first, high, low, sums))
+        return _Table(first, high, low, sums, table.precision, block, blocks)
 
 
 @lru_cache(maxsize=64)
@@ -198,10 +269,13 @@ def _factors(coefficients: Tuple[int, ...], device: torch.device) -> torch.Tenso
         return torch.tensor([dark, luma, 0, red, green_u, green_v, blue, 0], dtype=torch.int32, device=device)
 
 
-def launch_config(factor: int) -> Dict[str, int]:
-    """Padded side of a merged patch, pixels of a block, warps: of the tower's geometry alone."""
+def launch_config(factor: int, resample: str) -> Dict[str, int]:
+    """Padded side of a merged patch, pixels of a block at most, and what Triton takes: of geometry and route alone.
+
+    A product of 32 rows is two of the tensor cores' tiles, so more than two warps would work twice on the same ones.
+    """
     side = max(16, triton.next_power_of_2(factor))
-    return {"SIDE": side, "BLOCK": 32, "num_warps": 8}
+    return {"SIDE": side, "most": 32, "num_warps": max(1, side // 16), "num_stages": 1, "maxnreg": 168}
 
 
 def patchify(
@@ -219,19 +293,19 @@ def patchify(
     count, height, width = frames.shape[:3]
     tall, wide = (width, height) if rotation in (90, 270) else (height, width)
     factor, device = geometry.patch * geometry.merge, frames.device
-    x = _table(wide, geometry.width, resample, factor, device)
-    y = _table(tall, geometry.height, resample, factor, device)
+    config = launch_config(factor, resample)
+    common: Any = {"factor": factor, "side": config["SIDE"], "most": config.pop("most"), "device": device}
+    x, y = (_table(*sizes, resample, **common) for sizes in ((wide, geometry.width), (tall, geometry.height)))
     across, down = geometry.width // factor, geometry.height // factor
     numbers = [0.0] * 6 if mean_std is None else mean_std.flatten().tolist()
-    config = launch_config(factor)
-    block = config["BLOCK"]
     chroma = (0, 0, 0, 0) if uv is None else uv.stride()
     strides = (*frames.stride(), 0)[:4]
+    packed = strides[2:] == (3, 1) if uv is None else (strides[2], *chroma[2:]) == (1, 2, 1)
     patchify_kernel[(count * across * down,)](
         out, frames, frames if uv is None else uv, slots, _factors(tuple(coefficients), device),
-        hyper(numbers, torch.float32, device), *x[:3], *y[:3],
-        height, width, across, down, x.weights.shape[1], y.weights.shape[1], x.precision, y.precision,
-        triton.cdiv(x.window, block), triton.cdiv(y.window, block), out.stride(0), *strides, *chroma,
+        hyper(numbers, torch.float32, device), *x[:4], *y[:4],
+        height, width, across, down, x.precision, y.precision, x.blocks, y.blocks, out.stride(0), *strides, *chroma,
         PATCH=geometry.patch, MERGE=geometry.merge, TUBELET=geometry.tubelet, ROTATION=rotation, NV12=uv is not None,
-        FIXED=resample == "native", NORMALISE=mean_std is not None, enable_fp_fusion=False, **config,
+        PACKED=packed, FIXED=resample == "native", NORMALISE=mean_std is not None, X_BLOCK=x.block, Y_BLOCK=y.block,
+        enable_fp_fusion=False, **config,
     )  # fmt: skip

@@ -158,14 +158,18 @@ class Run:
                 continue
             arms[name] = arm
         rounds = {n: self.rounds if n in kernels.LEADING else max(min(2, self.rounds), self.rounds // 3) for n in arms}
+        host = {name: clock.host(arm) for name, arm in arms.items()}
         for metric, cold in (("time", False), ("time cold", True)):
             if cold and self.device.type != "cuda":
                 continue
-            times = measure.interleaved(arms, measure.Clock(self.device, cold=cold), rounds)
+            times = measure.interleaved(arms, measure.Clock(self.device, cold=cold), rounds, host)
             for name, values in times.items():
                 record = self._add(name, cell, metric, "ms", values)
                 if not cold and name != kernels.DEVICE:
                     self._say(f"{cell}: {name}: {record.median:.4g} ms")
+        if self.device.type == "cuda":
+            for name, value in host.items():
+                self._add(name, cell, "host", "ms", [value])
         self._rates(cell, flops)
         return [p for p in providers if p.name in arms]
 

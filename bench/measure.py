@@ -15,6 +15,7 @@ import torch
 from bench.providers import Arm
 
 _CACHE = 256 * 2**20  # bytes, several times the L2 of any GPU
+_CYCLES = 2e6  # of a device's clock in a millisecond, at most
 
 
 def device_name(device: torch.device) -> str:
@@ -41,7 +42,24 @@ class Clock:
         self.device = device
         self.flush = torch.empty(_CACHE, dtype=torch.int8, device=device) if cold else None
 
-    def __call__(self, arm: Arm) -> float:
+    def host(self, arm: Arm) -> float:
+        """Milliseconds that the host needs to launch a warm step, of three the least; 0 on the CPU."""
+        if self.device.type == "cpu":
+            return 0.0
+        times = []
+        for _ in range(3):
+            arm.setup()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            found = arm.step()
+            times.append(1e3 * (time.perf_counter() - start))
+            del found
+        return min(times)
+
+    def __call__(self, arm: Arm, ahead: float = 0.0) -> float:
+        """``ahead``: milliseconds that the device is kept busy beforehand. With as many as the host needs, launches are
+        hidden, as they are in training, where the host is ahead of the device.
+        """
         arm.setup()
         if self.device.type == "cpu":
             start = time.perf_counter()
@@ -52,6 +70,8 @@ class Clock:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.flush is not None:
             self.flush.zero_()
+        if ahead:
+            torch.cuda._sleep(int(ahead * _CYCLES))  # type: ignore[no-untyped-call]
         begin.record()
         found = arm.step()
         end.record()
@@ -60,9 +80,11 @@ class Clock:
         return float(begin.elapsed_time(end))
 
 
-def interleaved(arms: dict[str, Arm], clock: Clock, rounds: dict[str, int]) -> dict[str, list[float]]:
+def interleaved(
+    arms: dict[str, Arm], clock: Clock, rounds: dict[str, int], host: dict[str, float]
+) -> dict[str, list[float]]:
     """Times of each arm, as many as ``rounds`` says, spread evenly: one arm after the other, each round beginning with
-    another one. The arms must be warm.
+    another one. The arms must be warm; ``host``: what `Clock.host` says of them.
     """
     times: dict[str, list[float]] = {name: [] for name in arms}
     names, most = list(arms), max(rounds.values())
@@ -72,7 +94,7 @@ def interleaved(arms: dict[str, Arm], clock: Clock, rounds: dict[str, int]) -> d
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
                 if (turn + 1) * rounds[name] // most > turn * rounds[name] // most:
-                    times[name].append(clock(arms[name]))
+                    times[name].append(clock(arms[name], 1.3 * host[name]))
             gc.collect()
     finally:
         gc.enable()

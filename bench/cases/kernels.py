@@ -135,15 +135,16 @@ def _table(records: Sequence[Record], shape: str) -> str:
         if r.shape == shape:
             by_arm.setdefault(r.arm, {})[r.metric] = r
     rate = "TFLOP/s" if cell.stage == "linear" else "GB/s"
-    head = f"| arm | ms | 20 % to 80 % | {rate} | of the floor | peak memory, MB | error | recompilations |"
-    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    head = f"| arm | ms | 20 % to 80 % | host, ms | {rate} | of the floor | peak memory, MB | error | recompilations |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for arm, found in sorted(by_arm.items(), key=lambda item: item[1]["time"].median if "time" in item[1] else 0.0):
         if "time" not in found or arm == DEVICE:
             continue
         time = found["time"]
-        texts = [("rate", 1.0, ".3g"), ("floor", 100.0, ".0f"), ("memory", 1e-6, ".0f"), ("error", 1.0, ".1e")]
+        texts = [("host", 1.0, ".2g"), ("rate", 1.0, ".3g"), ("floor", 100.0, ".0f")]
+        texts += [("memory", 1e-6, ".0f"), ("error", 1.0, ".1e")]
         cells = [f"{factor * found[m].median:{style}}" if m in found else "-" for m, factor, style in texts]
-        cells[1] = f"{cells[1]} %" if "floor" in found else cells[1]
+        cells[2] = f"{cells[2]} %" if "floor" in found else cells[1]
         count = [r.median for r in records if (r.arm, r.metric) == (arm, "recompilations") and r.shape == cell.stage]
         cells.append(f"{count[0]:.0f}" if count else "-")
         lines.append(f"| {arm} | {time.median:.3g} | {time.p20:.3g} to {time.p80:.3g} | {' | '.join(cells)} |")

@@ -28,32 +28,52 @@ _COARSE = tl.constexpr(COARSE_LSE)
 
 
 @triton.jit
+def _piece(row, start, vocab, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK)
+    return tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC)
+
+
+@triton.jit
+def _power(x, base, inv):
+    """d = inv (x - base) and e^d. Bounded, so that e^d d is 0 and not NaN where x is -inf; a NaN stays one."""
+    gap = tl.maximum((x - base) * inv, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+    return gap, tl.exp(gap)
+
+
+@triton.jit
 def _fold(row, inv, vocab, WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """max m of x; with d = inv (x - m) the sums of e^d, of e^d d and of e^2d. One read of the row.
 
-    The difference is taken before it is scaled: inv x and inv m would each be rounded.
+    Each of BLOCK lanes keeps a maximum and sums of its own, so that nothing is exchanged before the end; four elements
+    a turn share a rescaling. The difference is taken before it is scaled: inv x and inv m would each be rounded.
     """
-    top = tl.full((), float("-inf"), ACC)
-    total = tl.full((), 0.0, ACC)
-    moment = tl.full((), 0.0, ACC)
-    squares = tl.full((), 0.0, ACC)
-    for start in range(0, vocab, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC)
-        higher = tl.maximum(top, tl.max(x, 0))
+    top = tl.full([BLOCK], float("-inf"), ACC)
+    total = tl.zeros([BLOCK], ACC)
+    moment = tl.zeros([BLOCK], ACC)
+    squares = tl.zeros([BLOCK], ACC)
+    for start in range(0, vocab, 4 * BLOCK):
+        x0 = _piece(row, start, vocab, ACC, BLOCK)
+        x1 = _piece(row, start + BLOCK, vocab, ACC, BLOCK)
+        x2 = _piece(row, start + 2 * BLOCK, vocab, ACC, BLOCK)
+        x3 = _piece(row, start + 3 * BLOCK, vocab, ACC, BLOCK)
+        higher = tl.maximum(top, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
         # While all logits are -inf, 0 stands in for the maximum: -inf - -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        # Bounded, so that 0 * shift is 0: the largest logits are further apart than a float can say.
-        shift = tl.where(top == float("-inf"), 0.0, tl.maximum((top - base) * inv, -1000.0))
-        rescale = tl.exp(shift)
-        gap = (x - base) * inv
-        power = tl.exp(gap)
-        moment = rescale * (moment + shift * total) + tl.sum(power * tl.where(power > 0, gap, 0.0), 0)
-        total = rescale * total + tl.sum(power, 0)
+        shift, rescale = _power(tl.where(top == float("-inf"), base, top), base, inv)
+        d0, p0 = _power(x0, base, inv)
+        d1, p1 = _power(x1, base, inv)
+        d2, p2 = _power(x2, base, inv)
+        d3, p3 = _power(x3, base, inv)
+        moment = rescale * (moment + shift * total) + ((p0 * d0 + p1 * d1) + (p2 * d2 + p3 * d3))
+        total = rescale * total + ((p0 + p1) + (p2 + p3))
         if WANT_P2:
-            squares = rescale * rescale * squares + tl.sum(power * power, 0)
+            squares = rescale * rescale * squares + ((p0 * p0 + p1 * p1) + (p2 * p2 + p3 * p3))
         top = higher
-    return top, total, moment, squares
+    most = tl.max(top, 0)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    shift, rescale = _power(tl.where(top == float("-inf"), base, top), base, inv)
+    moment = tl.sum(rescale * (moment + shift * total), 0)
+    return most, tl.sum(rescale * total, 0), moment, tl.sum(rescale * rescale * squares, 0)
 
 
 @triton.jit
@@ -109,10 +129,11 @@ def row_fused_kernel(
     empty = total == 0
     base = tl.where(empty, 0.0, top)
     size = tl.log(tl.where(empty, 1.0, total))
-    blocks = tl.cdiv(vocab, BLOCK)
+    WIDE: tl.constexpr = 4 * BLOCK
+    blocks = tl.cdiv(vocab, WIDE)
     # The target logit was read before anything was written; here every thread reads only what it writes itself.
     for step in range(0, blocks):
-        cols = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        cols = (blocks - 1 - step) * WIDE + tl.arange(0, WIDE)
         x = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC)
         p = tl.exp((x - base) * inv - size)
         left = tl.where(empty, 0.0, tl.where(cols == goal, 1.0, 0.0) - p)
@@ -200,11 +221,10 @@ def row_mix_kernel(
 def launch_config(kernel: str, dtype: torch.dtype) -> dict[str, int]:
     """Block and warps of a row kernel. The dtype alone decides, so that a row's bits don't depend on the others."""
     wide = {torch.float64: 2048, torch.float32: 4096}.get(dtype, 8192)
-    if kernel == "row_fused":
-        # 32 warps: one or two programs a multiprocessor, so that the rows in flight fit in L2, from which the second
-        # read comes.
-        return {"BLOCK": 2 * wide, "num_warps": 32}
-    return {"BLOCK": wide, "num_warps": 16 if kernel in ("row_stats", "row_restore") else 8}
+    warps = {"row_fused": 16, "row_stats": 8, "row_restore": 8}.get(kernel)
+    # Lanes of `_fold` read 16 bytes each. 16 warps for what reads a row twice: one program a multiprocessor, so that
+    # the rows in flight fit in L2, from which the second read comes.
+    return {"BLOCK": wide, "num_warps": 8} if warps is None else {"BLOCK": wide // 32 * warps, "num_warps": warps}
 
 
 def _acc(x: torch.Tensor) -> tl.dtype:

@@ -119,13 +119,13 @@ class TorchcodecBackend:
 
 
 def _nv12(raw: Any, index: VideoIndex) -> Any:
-    """The planes as `vrlt_kernels.patchify.NV12` of one frame, without a copy; None for other formats."""
+    """The planes as `vrlt_kernels.patchify.NV12` of one frame; None for other formats. Luma isn't copied; of chroma
+    each plane is a tensor of its own, whose storage ends with it.
+    """
     if raw.pixel_format != "nv12" or index.rotation:
         return None
     from vrlt_kernels import NV12
 
     y, u, v = raw.planes
-    if u.stride(1) != 2 or v.data_ptr() != u.data_ptr() + 1:
-        return None
-    uv = u.as_strided((*u.shape, 2), (u.stride(0), 2, 1))
+    uv = torch.stack([u, v], dim=-1)
     return NV12(y[None], uv[None], _MATRICES.get(raw.color_space, "bt601"), raw.color_range == "pc")

@@ -10,6 +10,7 @@ specialised, because the width of a memory access follows from what they are div
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+import math
 from typing import Optional, Sequence
 
 import torch
@@ -25,6 +26,7 @@ _PER_ROW = [
     "logp_out", "entropy_out", "lse_out", "p2_out", "base_out", "size_out",
 ]  # fmt: skip
 _COARSE = tl.constexpr(COARSE_LSE)
+_LOG2E, _LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -34,10 +36,10 @@ def _piece(row, start, vocab, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _power(x, base, inv):
-    """d = inv (x - base) and e^d. Bounded, so that e^d d is 0 and not NaN where x is -inf; a NaN stays one."""
-    gap = tl.maximum((x - base) * inv, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-    return gap, tl.exp(gap)
+def _power(x, base, inv2):
+    """d = inv (x - base) in bits and e^d. Bounded, so that e^d d is 0 and not NaN where x is -inf; a NaN stays one."""
+    gap = tl.maximum((x - base) * inv2, -2000.0, propagate_nan=tl.PropagateNan.ALL)
+    return gap, tl.exp2(gap)
 
 
 @triton.jit
@@ -47,6 +49,7 @@ def _fold(row, inv, vocab, WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.c
     Each of BLOCK lanes keeps a maximum and sums of its own, so that nothing is exchanged before the end; four elements
     a turn share a rescaling. The difference is taken before it is scaled: inv x and inv m would each be rounded.
     """
+    inv2 = inv * _LOG2E
     top = tl.full([BLOCK], float("-inf"), ACC)
     total = tl.zeros([BLOCK], ACC)
     moment = tl.zeros([BLOCK], ACC)
@@ -59,20 +62,20 @@ def _fold(row, inv, vocab, WANT_P2: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.c
         higher = tl.maximum(top, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
         # While all logits are -inf, 0 stands in for the maximum: -inf - -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shift, rescale = _power(tl.where(top == float("-inf"), base, top), base, inv)
-        d0, p0 = _power(x0, base, inv)
-        d1, p1 = _power(x1, base, inv)
-        d2, p2 = _power(x2, base, inv)
-        d3, p3 = _power(x3, base, inv)
-        moment = rescale * (moment + shift * total) + ((p0 * d0 + p1 * d1) + (p2 * d2 + p3 * d3))
-        total = rescale * total + ((p0 + p1) + (p2 + p3))
+        shift, rescale = _power(tl.where(top == float("-inf"), base, top), base, inv2)
+        d0, p0 = _power(x0, base, inv2)
+        d1, p1 = _power(x1, base, inv2)
+        d2, p2 = _power(x2, base, inv2)
+        d3, p3 = _power(x3, base, inv2)
+        moment = tl.fma(rescale, tl.fma(shift, total, moment), tl.fma(p0, d0, p1 * d1)) + tl.fma(p2, d2, p3 * d3)
+        total = tl.fma(rescale, total, p0 + p1) + (p2 + p3)
         if WANT_P2:
-            squares = rescale * rescale * squares + ((p0 * p0 + p1 * p1) + (p2 * p2 + p3 * p3))
+            squares = tl.fma(rescale * rescale, squares, tl.fma(p0, p0, p1 * p1)) + tl.fma(p2, p2, p3 * p3)
         top = higher
     most = tl.max(top, 0)
     base = tl.where(most == float("-inf"), 0.0, most)
-    shift, rescale = _power(tl.where(top == float("-inf"), base, top), base, inv)
-    moment = tl.sum(rescale * (moment + shift * total), 0)
+    shift, rescale = _power(tl.where(top == float("-inf"), base, top), base, inv2)
+    moment = tl.sum(rescale * tl.fma(shift, total, moment), 0) * _LN2
     return most, tl.sum(rescale * total, 0), moment, tl.sum(rescale * rescale * squares, 0)
 
 
@@ -128,16 +131,19 @@ def row_fused_kernel(
     tl.store(lse_out + n, lse)
     empty = total == 0
     base = tl.where(empty, 0.0, top)
-    size = tl.log(tl.where(empty, 1.0, total))
+    bits = tl.where(empty, float("inf"), tl.log2(tl.where(empty, 1.0, total)))  # in an empty row every p is 0
+    inv2 = inv * _LOG2E
     WIDE: tl.constexpr = 4 * BLOCK
     blocks = tl.cdiv(vocab, WIDE)
     # The target logit was read before anything was written; here every thread reads only what it writes itself.
     for step in range(0, blocks):
         cols = (blocks - 1 - step) * WIDE + tl.arange(0, WIDE)
         x = tl.load(row + cols, mask=cols < vocab, other=float("-inf")).to(ACC)
-        p = tl.exp((x - base) * inv - size)
-        left = tl.where(empty, 0.0, tl.where(cols == goal, 1.0, 0.0) - p)
+        left = 0.0 - tl.exp2((x - base) * inv2 - bits)
         tl.store(row + cols, left.to(logits.dtype.element_ty), mask=cols < vocab)
+    tl.debug_barrier()  # the target's element has been written as every other one
+    rest = 1.0 - tl.exp2((x_target - base) * inv2 - bits)
+    tl.store(row + goal, rest.to(logits.dtype.element_ty), mask=inside & (total != 0))
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_PER_ROW)
@@ -221,10 +227,9 @@ def row_mix_kernel(
 def launch_config(kernel: str, dtype: torch.dtype) -> dict[str, int]:
     """Block and warps of a row kernel. The dtype alone decides, so that a row's bits don't depend on the others."""
     wide = {torch.float64: 2048, torch.float32: 4096}.get(dtype, 8192)
-    warps = {"row_fused": 16, "row_stats": 8, "row_restore": 8}.get(kernel)
-    # Lanes of `_fold` read 16 bytes each. 16 warps for what reads a row twice: one program a multiprocessor, so that
-    # the rows in flight fit in L2, from which the second read comes.
-    return {"BLOCK": wide, "num_warps": 8} if warps is None else {"BLOCK": wide // 32 * warps, "num_warps": warps}
+    if kernel in ("row_fused", "row_stats", "row_restore"):
+        wide //= 4  # lanes of `_fold`, each of which reads 16 bytes at a time
+    return {"BLOCK": wide, "num_warps": 8}
 
 
 def _acc(x: torch.Tensor) -> tl.dtype:

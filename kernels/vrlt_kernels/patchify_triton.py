@@ -170,6 +170,8 @@ def patchify_kernel(
     last_column = (height if turned else width) - 1
 
     outputs = tl.arange(0, SIDE)
+    # Of a block, line by line: in two dimensions Triton would have the lanes of a warp read a column of pixels.
+    pixel = tl.arange(0, Y_BLOCK * X_BLOCK)
     left = tl.load(x_first + bw)
     top = tl.load(y_first + bh)
     x_weights = ((bw * SIDE + outputs) * (x_blocks * X_BLOCK))[:, None] + tl.arange(0, X_BLOCK)[None, :]
@@ -181,22 +183,22 @@ def patchify_kernel(
     blue = tl.zeros([SIDE, SIDE], KIND)
     for rows_at in range(0, y_blocks):
         # Beyond the picture weights are 0: any pixel will do.
-        rows = tl.minimum(top + rows_at * Y_BLOCK + tl.arange(0, Y_BLOCK), last_row)
+        rows = tl.minimum(top + rows_at * Y_BLOCK + pixel // X_BLOCK, last_row)
         red_lines = tl.zeros([SIDE, Y_BLOCK], KIND)
         green_lines = tl.zeros([SIDE, Y_BLOCK], KIND)
         blue_lines = tl.zeros([SIDE, Y_BLOCK], KIND)
         for columns_at in range(0, x_blocks):
-            columns = tl.minimum(left + columns_at * X_BLOCK + tl.arange(0, X_BLOCK), last_column)
-            y, x = _pixel(rows[:, None], columns[None, :], height, width, ROTATION)
+            columns = tl.minimum(left + columns_at * X_BLOCK + pixel % X_BLOCK, last_column)
+            y, x = _pixel(rows, columns, height, width, ROTATION)
             r, g, b = _colours(
                 frame, chroma, factors, y, x, row_stride, column_stride, channel_stride,
                 uv_row_stride, uv_column_stride, uv_channel_stride, NV12, FIXED,
             )  # fmt: skip
             high = tl.load(x_high + x_weights + columns_at * X_BLOCK)
             low = tl.load(x_low + x_weights + columns_at * X_BLOCK)
-            red_lines = _product(high, low, tl.trans(r), red_lines, FIXED)
-            green_lines = _product(high, low, tl.trans(g), green_lines, FIXED)
-            blue_lines = _product(high, low, tl.trans(b), blue_lines, FIXED)
+            red_lines = _product(high, low, tl.trans(tl.reshape(r, [Y_BLOCK, X_BLOCK])), red_lines, FIXED)
+            green_lines = _product(high, low, tl.trans(tl.reshape(g, [Y_BLOCK, X_BLOCK])), green_lines, FIXED)
+            blue_lines = _product(high, low, tl.trans(tl.reshape(b, [Y_BLOCK, X_BLOCK])), blue_lines, FIXED)
         high = tl.load(y_high + y_weights + rows_at * Y_BLOCK)
         low = tl.load(y_low + y_weights + rows_at * Y_BLOCK)
         red = _rows_product(high, low, _columns_done(red_lines, x_totals, x_precision, FIXED), red, FIXED)

@@ -136,7 +136,7 @@ def test_tables_and_plot() -> None:
     found = tables({"records": [vars(r) for r in records]})
     assert set(found) == {"row-0.6B-N-512-grpo", "linear-0.6B-N-512-grpo", "linear-0.6B-N-512-grpo-skip-0.4", "not-run"}
     rows = found["row-0.6B-N-512-grpo"].splitlines()
-    assert rows[2] == "| ours | 1 | 1 to 1 | - | 10 % | - | - | 0 |"
+    assert rows[2] == "| ours | 1 | 1 to 1 | - | - | 10 % | - | - | 0 |"
     assert [row.split(" | ")[0] for row in rows[3:]] == ["| eager logsumexp", "| eager log_softmax"]
     assert found["not-run"].endswith("| verl | linear: no / GPU |")
     picture = ElementTree.fromstring(bars(records, "cpu"))

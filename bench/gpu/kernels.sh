@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# builds csrc/, tests vrlt_kernels in bf16, measures it beside its peers, then alone over N
+# builds csrc/, tests vrlt_kernels in bf16, measures it beside its peers, then alone over N, then launch configurations
 small="${GPU_CHECK_SMALL:-}"
 tests=(tests/gpu/test_kernels_gpu.py -q -p no:cacheprovider -m gpu --durations=5)
 bench=(-m bench kernels)
@@ -19,7 +19,7 @@ else
 fi
 
 # most of their time is Triton's compiler, on the CPU
-"$PYTHON" -c "import xdist" 2>/dev/null && [ -z "$small" ] && tests+=(-n 4)
+"$PYTHON" -c "import xdist" 2>/dev/null && [ -z "$small" ] && tests+=(-n 8)
 say "tests"
 part 150 "$PYTHON" -m pytest "${tests[@]}"
 
@@ -27,6 +27,12 @@ say "measure"
 if [ -z "$small" ]; then
   # the last cell that is begun takes 30 s at most
   bench+=(--out "$OUT/kernels.$("$PYTHON" -c 'import torch; from bench.measure import device_name as n; print(n(torch.device("cuda")))').json")
-  bench+=(--minutes "$("$PYTHON" -c "print(round((430 - $SECONDS) / 60, 2))")")
+  bench+=(--minutes "$("$PYTHON" -c "print(round((380 - $SECONDS) / 60, 2))")")
 fi
-part $((475 - SECONDS)) "$PYTHON" "${bench[@]}"
+part $((425 - SECONDS)) "$PYTHON" "${bench[@]}"
+
+if [ -z "$small" ]; then
+  say "launch configurations"
+  name="$("$PYTHON" -c 'import torch; from bench.measure import device_name as n; print(n(torch.device("cuda")))')"
+  part $((475 - SECONDS)) "$PYTHON" -m bench rows --minutes "$("$PYTHON" -c "print(round((460 - $SECONDS) / 60, 2))")" --out "$OUT/rows.$name.json"
+fi

@@ -3,6 +3,8 @@
 small="${GPU_CHECK_SMALL:-}"
 tests=(tests/gpu/test_patchify_gpu.py tests/gpu/test_video_gpu.py tests/video/test_remux.py tests/video/test_backends.py tests/video/test_dali.py)
 tests+=(-q -rs -p no:cacheprovider -p no:randomly --durations=5)
+# most of patchify's time is Triton's compiler, on the CPU
+"$PYTHON" -c "import xdist" 2>/dev/null && [ -z "$small" ] && tests+=(-n 6)
 bench=(-m bench video_gpu --out "$OUT" --work "${TMPDIR:-/tmp}/vrlt-bench-video")
 
 say "decoders"

@@ -277,7 +277,7 @@ def launch_config(factor: int, resample: str) -> Dict[str, int]:
     A product of 32 rows is two of the tensor cores' tiles, so more than two warps would work twice on the same ones.
     """
     side = max(16, triton.next_power_of_2(factor))
-    return {"SIDE": side, "most": 32, "num_warps": max(1, side // 16), "num_stages": 1, "maxnreg": 168}
+    return {"SIDE": side, "most": 32, "num_warps": max(1, side // 16), "num_stages": 1}
 
 
 def patchify(

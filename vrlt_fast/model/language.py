@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import signature
+from typing import Any
 
 import torch
 
@@ -52,11 +56,17 @@ def run_text(
         inputs_embeds=embeds,
         position_ids=positions,
         attention_mask={"full_attention": mask},
-        past_key_values=cache,
         use_cache=False,
+        **{_cache_argument(type(lm.module.model.language_model).forward): cache},
     )
     hidden: torch.Tensor = out.last_hidden_state
     return hidden
+
+
+@lru_cache(maxsize=8)
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """What a model's forward calls its cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ static void check_row(
   close(s.logp, t.logp, scaled(t.logp), where, "logp");
   close(s.entropy, t.entropy, scaled(t.entropy), where, "entropy");
   close(s.lse, t.lse, scaled(t.lse), where, "lse");
-  close(s.sum_p2, t.sum_p2, eps, where, "sum p^2");
+  close(s.sum_p2, t.sum_p2, scaled(t.sum_p2), where, "sum p^2");
 
   const Coefficients k = {-0.7, 0.3, sizeof(Raw) == 8 ? s.lse : static_cast<float>(s.lse), s.entropy};
   const Raw guard = Storage<Raw>::put(77);

@@ -58,6 +58,7 @@ def in_child(body, *args) -> int:
     """Exit status of ``body(*args)`` in a forked process, negative for a signal."""
 
     def child():
+        torch.set_num_threads(1)  # OpenMP's threads of the parent are not there, and would be waited for
         try:
             body(*args)
         except BaseException:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -188,21 +189,24 @@ class Run:
             self._add(name, cell, "floor", "share", [floor / record.median])
 
     def _memory(self, problem: Problem, providers: list[Provider]) -> None:
-        """Peak bytes beyond the inputs; in the linear stage also without the gradient of the weight."""
+        """Peak bytes beyond the inputs; in the linear stage also of the step without the gradient of the weight."""
         cell = problem.cell
-        gradient = cell.vocab * cell.width * self.dtype.itemsize if cell.stage == "linear" and not cell.frozen else 0
+        aside = (
+            replace(problem, cell=replace(cell, frozen=True)) if cell.stage == "linear" and not cell.frozen else None
+        )
         for provider in providers:
-            if self.device.type == "cuda":
-                peak = measure.cuda_peak(provider.prepare(problem))
-            else:
-                command = [sys.executable, "-m", "bench.peak", str(cell), provider.name, str(self.seed)]
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
-                if done.returncode:
-                    raise BenchError(f"{' '.join(command)} failed\n{done.stderr}")
-                peak = int(done.stdout.split()[-1])
-            self._add(provider.name, cell, "memory", "B", [peak])
-            if gradient:
-                self._add(provider.name, cell, "memory beyond dW", "B", [max(0, peak - gradient)])
+            self._add(provider.name, cell, "memory", "B", [self._peak(problem, provider)])
+            if aside is not None:
+                self._add(provider.name, cell, "memory beyond dW", "B", [self._peak(aside, provider)])
+
+    def _peak(self, problem: Problem, provider: Provider) -> int:
+        if self.device.type == "cuda":
+            return measure.cuda_peak(provider.prepare(problem))
+        command = [sys.executable, "-m", "bench.peak", str(problem.cell), provider.name, str(self.seed)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
+        if done.returncode:
+            raise BenchError(f"{' '.join(command)} failed\n{done.stderr}")
+        return int(done.stdout.split()[-1])
 
     def _count_compilations(self, providers: list[Provider]) -> None:
         """Over random lengths after a first one: sequences, tokens and padding all change."""

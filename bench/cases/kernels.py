@@ -84,7 +84,7 @@ def _cpu_claims(values: _Values) -> list[Row]:
          values.gain(EAGER, linear), 1.0, ">="),
         ("linear_skip", f"The same with 40 % of the rows without gradient: times as fast as {text}",
          values.gain(EAGER, skip), 1.4, ">="),
-        ("linear_memory", "linear_grpo_loss: peak memory beyond inputs and dW, of that of the smaller of both",
+        ("linear_memory", "linear_grpo_loss: peak memory, dW aside (frozen head), of that of the smaller of both",
          None if not fewer else 1 / fewer, 0.4, "<="),
     ]  # fmt: skip
 

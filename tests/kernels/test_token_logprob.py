@@ -53,9 +53,10 @@ def run(function, logits, target, temperature, a, e, **options):
     return *(x.detach() for x in out), gradient
 
 
-def agree(ours, plain, truth, dtype):
+def agree(ours, plain, truth, dtype, cut=0.0):
+    """``cut``: how far, relatively, a result may be off because Triton's interpreter cuts bf16 off and rounds nothing."""
     for got, usual, exact in zip(ours, plain, truth, strict=True):
-        bound = 2 * (usual.double() - exact).abs().max() + ATOL[dtype]
+        bound = 2 * (usual.double() - exact).abs().max() + ATOL[dtype] + cut * exact.abs().max()
         assert (got.double() - exact).abs().max() <= bound
 
 
@@ -110,7 +111,8 @@ def test_half_precision(poisoned, generator, name, dtype):
     with use_backend(name):
         ours = run(token_logprob, logits, target, 0.7, a, e)
     assert [x.dtype for x in ours] == [torch.float32] * 3 + [dtype]
-    agree(ours, run(token_logprob_ref, logits, target, 0.7, a, e), truth, dtype)
+    cut = 2**-7 if name == "triton" and dtype == torch.bfloat16 else 0.0
+    agree(ours, run(token_logprob_ref, logits, target, 0.7, a, e), truth, dtype, cut)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, "0-d", "per row"])

@@ -186,7 +186,7 @@ KINDS: dict[str, Callable[[Studio], Path]] = {
     "raw h264": lambda s: s.film("a.h264", options=BF),
     "h264 avi": lambda s: s.film("a.avi", options=BF),
     "fragmented": lambda s: s.film("a.mp4", options=BF, container_options=FRAGMENTS),
-    "edit list": lambda s: s.copy("b.mp4", s.film("a.mp4", options=BF), cut=17),
+    "edit list": lambda s: s.copy("b.mp4", s.film("a.mp4", options={**BF, "sc_threshold": "0"}), cut=17),
     "start offset": lambda s: s.copy("b.mkv", s.film("a.mp4", options=BF), shift=10),
     "negative start": lambda s: s.copy(
         "b.ts", s.film("a.mp4", options=BF), shift=-2, container_options={"avoid_negative_ts": "disabled"}

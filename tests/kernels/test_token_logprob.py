@@ -54,7 +54,7 @@ def run(function, logits, target, temperature, a, e, **options):
 
 
 def agree(ours, plain, truth, dtype, cut=0.0):
-    """``cut``: how far, relatively, a result may be off because Triton's interpreter cuts bf16 off and rounds nothing."""
+    """``cut``: how far, relatively, a result may be off where the interpreter of Triton cuts bf16 off."""
     for got, usual, exact in zip(ours, plain, truth, strict=True):
         bound = 2 * (usual.double() - exact).abs().max() + ATOL[dtype] + cut * exact.abs().max()
         assert (got.double() - exact).abs().max() <= bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from bench import measure
 from bench.cases import kernels
 from bench.cells import Cell
-from bench.harness import ROOT, BenchError, Record, summarize, write_result
+from bench.harness import ROOT, BenchError, Record, records_of, summarize, write_result
 from bench.plots import bars
 from bench.problem import FAR, Problem, make_problem, relative_error, truth
 from bench.providers import Arm, Provider, all_providers
@@ -45,7 +46,15 @@ class Run:
         self.path: Path = kernels.result_path(options, self.name)
         dtype = str(self.dtype).removeprefix("torch.")
         total = summarize(kernels.DEVICE, f"{self.name} {dtype}", "memory", "B", [measure.device_memory(self.device)])
-        self.records = [total]
+        self.records = [total, *self._kept()]
+
+    def _kept(self) -> list[Record]:
+        """Of an earlier run that was interrupted, or of other cells."""
+        if not self.options.keep or not self.path.is_file():
+            return []
+        measured = {str(cell) for cell, _ in kernels.plan_of(self.options, self.device.type)}
+        records = records_of(json.loads(self.path.read_text(encoding="utf-8")))
+        return [r for r in records[1:] if r.shape not in measured]
 
     def all_cells(self) -> None:
         """Measure what the options ask for."""

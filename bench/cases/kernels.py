@@ -28,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--cell", action="append", metavar="TEXT", help="e.g. 'linear 7B N=4096 gspo skip=0.4'")
+    parser.add_argument("--keep", action="store_true", help="keep what the result file has of other cells")
     parser.add_argument("--arm", action="append", metavar="PATTERN", help="only arms of this name; may hold *")
     parser.add_argument("--rounds", type=int, help="repetitions; arms beside the main ones get a third of them")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after this time")

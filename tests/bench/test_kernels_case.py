@@ -183,6 +183,17 @@ def test_what_is_wrong_or_fails_is_refused_with_its_reason(tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(300)
+def test_other_cells_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.cpu.json"
+    for cell in ("row tiny N=40 grpo", "row tiny N=48 gspo", "row tiny N=40 grpo"):
+        options = ["--small", "--device", "cpu", "--no-memory", "--no-lengths", "--keep", "--arm", "eager*"]
+        done = bench(*(sys.executable, "-m", "bench", "kernels", *options, "--cell", cell, "--out", str(out)))
+        assert done.returncode == 0, done.stderr
+    times = [r["shape"] for r in json.loads(out.read_text())["records"] if r["metric"] == "time"]
+    assert sorted(times) == ["row tiny N=40 grpo"] * 3 + ["row tiny N=48 gspo"] * 3
+
+
+@pytest.mark.timeout(300)
 def test_small_run(tmp_path: Path) -> None:
     out = tmp_path / "kernels.cpu.json"
     options = ["--cell", "linear tiny N=40 gspo valid=0.6", "--arm", "ours", "--arm", "eager*", "--arm", "verl"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.harness import RESULTS, ROOT, BenchError, load_case, read_result, records_of
 
-_MARKER = re.compile(r"<!-- bench:(?P<source>[\w.]+):(?P<table>[\w-]+) -->\n(?P<body>.*?)<!-- /bench -->", re.DOTALL)
+_MARKER = re.compile(r"<!-- bench:(?P<source>[\w.]+):(?P<table>[\w.-]+) -->\n(?P<body>.*?)<!-- /bench -->", re.DOTALL)
 _MARKS = re.compile(r"<!-- /?bench\b[^>]*-->")
 
 

@@ -145,7 +145,7 @@ def _table(records: Sequence[Record], shape: str) -> str:
         texts = [("host", 1.0, ".2g"), ("rate", 1.0, ".3g"), ("floor", 100.0, ".0f")]
         texts += [("memory", 1e-6, ".0f"), ("error", 1.0, ".1e")]
         cells = [f"{factor * found[m].median:{style}}" if m in found else "-" for m, factor, style in texts]
-        cells[2] = f"{cells[2]} %" if "floor" in found else cells[1]
+        cells[2] = f"{cells[2]} %" if "floor" in found else cells[2]
         count = [r.median for r in records if (r.arm, r.metric) == (arm, "recompilations") and r.shape == cell.stage]
         cells.append(f"{count[0]:.0f}" if count else "-")
         lines.append(f"| {arm} | {time.median:.3g} | {time.p20:.3g} to {time.p80:.3g} | {' | '.join(cells)} |")

@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> None:
         for arm, shape, step, module, configurations in make(device, options.tokens):
             for configuration in [{}, *configurations]:
                 if time.monotonic() - began > 60 * options.minutes:
+                    sys.stdout.write(f"{arm}: the rest is left out, {options.minutes:g} minutes are over\n")
                     break
                 text = " ".join(f"{k}={v}" for k, v in configuration.items()) or CHOSEN
                 with _launched_with(module, arm, configuration):

@@ -117,7 +117,7 @@ def row_fused_kernel(
     logits, target, inverse, logp_out, entropy_out, lse_out, vocab, stride, inv_stride,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the statistics, then onehot - p written over the row, last block first (it is still in L2)."""
+    """One program a row: the statistics, then onehot - p written over the row, last block first (L2 may have it)."""
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
     inv = tl.load(inverse + n * inv_stride)

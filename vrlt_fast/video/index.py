@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vrlt_fast.errors import Problem, VideoError
+from vrlt_fast.video.ffmpeg_log import Line, ffmpeg_log, reason_of
 from vrlt_fast.video.headers import largest_hole, may_be_turned, promised_bytes
 from vrlt_fast.video.nal import READERS, Picture, droppable, length_size
 
@@ -108,15 +109,13 @@ def video_error(code: str, path: Path, what: str, why: str = "", fix: str = REEN
     return VideoError(Problem(code, what, where=str(path), why=why, fix=fix))
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, lines: list[Line]) -> str:
     """FFmpeg's reason and the last line that it would have printed, without the path."""
     import av
 
     if isinstance(error, av.error.ExitError):
         return f"reading took longer than {_TIMEOUT_S:g} s"
-    log = getattr(error, "log", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    return f"{reason}: {log[2].strip()}" if log else reason
+    return reason_of(error, lines)
 
 
 def _check_holes(path: Path) -> None:
@@ -138,7 +137,6 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """
     import av
 
-    av.logging.set_level(av.logging.PANIC)
     try:
         status = path.stat()
     except OSError as error:
@@ -150,16 +148,17 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if status.st_size == 0:
         raise video_error("VRLT-V02", path, "video file is empty")
     _check_holes(path)
-    try:
-        container = av.open(
-            f"file:{path}",
-            mode="r",
-            metadata_errors="replace",
-            options={"protocol_whitelist": "file"},
-            timeout=_TIMEOUT_S,
-        )
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise video_error("VRLT-V02", path, "not a readable video file", _why(error)) from None
+    with ffmpeg_log() as lines:
+        try:
+            container = av.open(
+                f"file:{path}",
+                mode="r",
+                metadata_errors="replace",
+                options={"protocol_whitelist": "file"},
+                timeout=_TIMEOUT_S,
+            )
+        except (av.error.FFmpegError, ValueError, OSError) as error:
+            raise video_error("VRLT-V02", path, "not a readable video file", _why(error, lines)) from None
     try:
         if _INDIRECT & set(container.format.name.split(",")):
             raise video_error("VRLT-V02", path, "not a video file", "it is a playlist, which names other files")
@@ -191,7 +190,7 @@ class _Demuxed:
     error: str = ""
 
 
-def _demux(container: InputContainer, stream: VideoStream) -> _Demuxed:
+def _demux(container: InputContainer, stream: VideoStream, lines: list[Line]) -> _Demuxed:
     import av
 
     context = stream.codec_context
@@ -217,7 +216,7 @@ def _demux(container: InputContainer, stream: VideoStream) -> _Demuxed:
                 last, found.length = pts, packet.duration or 0
     except (av.error.FFmpegError, ValueError, IndexError) as error:  # IndexError: a stream that the header doesn't name
         found.flags.add("demux_error")
-        found.error = _why(error)
+        found.error = _why(error, lines)
     # the sample table of a MP4 says how many packets there are
     if "mp4" in container.format.name.split(",") and (
         corrupt or len(getattr(stream, "index_entries", ())) > len(found.pts)
@@ -355,7 +354,8 @@ def probe(path: Path, *, damaged: bool = False) -> VideoIndex:
             several timelines.
     """
     with open_video(path) as (container, stream):
-        found = _demux(container, stream)
+        with ffmpeg_log() as lines:
+            found = _demux(container, stream, lines)
         if found.error and not (damaged and found.pts):
             raise video_error("VRLT-V02", path, "file can't be read to its end", found.error)
         if not found.pts:

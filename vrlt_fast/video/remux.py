@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vrlt_fast.video.ffmpeg_log import reason_of
 from vrlt_fast.video.index import VideoIndex, open_video, video_error
 from vrlt_fast.video.plan import DecodePlan, Segment
 
@@ -98,7 +99,7 @@ def remux(plan: DecodePlan, *, container: str = "matroska") -> Iterator[Remuxed]
                     first = min((int(rest[0]) for rest, _ in wanted), default=row + 1)
                     held = {r: data for r, data in held.items() if r >= first}
         except (av.error.FFmpegError, ValueError) as error:
-            raise video_error("VRLT-V02", index.path, "its packets can't be copied", str(error)) from None
+            raise video_error("VRLT-V02", index.path, "its packets can't be copied", reason_of(error)) from None
     if wanted:
         raise video_error("VRLT-V02", index.path, "video file ends before its index does", "it has changed")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vrlt_fast.video.backends.base import Availability, DecodeStats, OnError, Sink, decode_all
+from vrlt_fast.video.ffmpeg_log import reason_of
 from vrlt_fast.video.index import NO_TICK, VideoIndex, open_video
 from vrlt_fast.video.plan import DecodePlan, Segment, frame_rows, is_counted
 
@@ -69,7 +70,7 @@ class _Reader:
                 if packet.size:
                     return packet
         except (av.error.FFmpegError, ValueError) as error:
-            self.why = str(error)
+            self.why = reason_of(error)
         return None
 
     def start(self, row: int) -> VideoPacket | None:
@@ -227,7 +228,7 @@ class _Attempt:
         except av.error.EOFError:
             return
         except (av.error.FFmpegError, ValueError) as error:
-            self._fault(str(error))
+            self._fault(reason_of(error))
             self._damage(row)
             return
         finally:

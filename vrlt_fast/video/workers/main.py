@@ -19,6 +19,7 @@ import torch
 
 from vrlt_fast.errors import VideoError
 from vrlt_fast.video.backends.pyav import Cancelled
+from vrlt_fast.video.ffmpeg_log import quiet
 from vrlt_fast.video.fill import PatchSink, grid_of, patch_shape
 from vrlt_fast.video.preprocess import Geometry
 from vrlt_fast.video.workers.shared import map_bytes
@@ -85,9 +86,7 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _quiet()
     try:
-        import av
-
-        av.logging.set_level(av.logging.PANIC)
+        quiet()
         torch.set_num_threads(1)
         _warm_up()
         send(control, {"op": "hello"})

@@ -15,8 +15,7 @@ from vrlt_fast.model.language import target_hidden, target_logprobs
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
 from vrlt_fast.model.prompt import encode_prompt
-from vrlt_fast.model.vision import encode_clips, normalise
-from vrlt_fast.rollout.engine import shared_vision
+from vrlt_fast.model.vision import encode_clips, normalise, shared_vision
 from vrlt_fast.video.cache import ClipLoader
 from vrlt_kernels import linear_logprob
 

@@ -9,7 +9,9 @@ from vrlt_fast.model.language import target_hidden
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
 from vrlt_fast.model.prompt import encode_prompt
-from vrlt_fast.rollout.engine import RolloutRequest, generate, shared_vision
+from vrlt_fast.model.vision import shared_vision
+from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
 from vrlt_fast.video.cache import ClipLoader
 from vrlt_kernels import token_logprob_ref

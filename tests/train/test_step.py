@@ -12,7 +12,8 @@ from vrlt_fast.config import GrpoConfig
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.vision import normalise
 from vrlt_fast.rewards.dual import dual_reward
-from vrlt_fast.rollout.engine import RolloutRequest, generate
+from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.step import grpo_backward, micro_batches, score_groups, score_old, with_rewards
 

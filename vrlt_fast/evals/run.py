@@ -17,7 +17,8 @@ from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.load import VideoLM, inspect_model, load_model
 from vrlt_fast.model.prompt import Prompt, encode_prompt
-from vrlt_fast.rollout.engine import RolloutRequest, generate
+from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips, ClipSource

@@ -8,6 +8,7 @@ import torch
 
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.patch_embed import FoldedPatchEmbed
+from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.sampling import TUBELET
 
@@ -24,6 +25,16 @@ def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> torch.Tensor:
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         pixels = patches if isinstance(tower.patch_embed, FoldedPatchEmbed) else normalise(lm, patches)
         return tower(pixels, grid_thw=grids).pooler_output  # type: ignore[no-any-return]
+
+
+def shared_vision(lm: VideoLM, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Embeddings [sum of visual tokens, hidden] of the prompts' clips in order; a clip that stands twice is encoded
+    once.
+    """
+    clips = {p.clip.key: p.clip for p in prompts}
+    pieces = encode_clips(lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
+    by_key = dict(zip(clips, pieces, strict=True))
+    return torch.cat([by_key[p.clip.key] for p in prompts])
 
 
 def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -11,56 +10,11 @@ import torch
 from vrlt_fast.model.language import prefill, run_text
 from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import encode_clips
+from vrlt_fast.model.vision import shared_vision
 from vrlt_fast.rewards.base import Response
+from vrlt_fast.rollout.group import Completion, Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import DecodeCache
 from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
-
-
-@dataclass(frozen=True, eq=False)
-class RolloutRequest:
-    """``n`` responses to a prompt. ``seed`` fixes them whatever else is in the batch; groups with ``train=False`` are
-    auxiliary: shapers see them, the update does not."""
-
-    prompt: Prompt
-    n: int
-    sampling: Sampling
-    seed: int
-    train: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class Completion:
-    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n]."""
-
-    response: Response
-    tokens: tuple[int, ...]
-    logprobs: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """One prompt and its responses."""
-
-    request: RolloutRequest
-    completions: tuple[Completion, ...]
-
-
-@dataclass
-class RolloutStats:
-    """Counters and wall seconds of one call."""
-
-    frames_encoded: int = 0
-    prefix_tokens_prefilled: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, other: RolloutStats) -> None:
-        """Take another call's counts and seconds in."""
-        self.frames_encoded += other.frames_encoded
-        self.prefix_tokens_prefilled += other.prefix_tokens_prefilled
-        for phase, spent in other.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
 @torch.no_grad()
@@ -94,16 +48,6 @@ def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Grou
         seconds={"encode": encoded - start, "prefill": prefilled - encoded, "generate": perf_counter() - prefilled},
     )
     return _collect(lm, requests, tokens, logprobs), stats
-
-
-def shared_vision(lm: VideoLM, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Embeddings [sum of visual tokens, hidden] of the prompts' clips in order; a clip that stands twice is encoded
-    once.
-    """
-    clips = {p.clip.key: p.clip for p in prompts}
-    pieces = encode_clips(lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
-    by_key = dict(zip(clips, pieces, strict=True))
-    return torch.cat([by_key[p.clip.key] for p in prompts])
 
 
 def _decode(

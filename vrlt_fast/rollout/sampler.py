@@ -4,6 +4,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,18 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep the whole distribution."""
+    """How to draw: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep the whole distribution.
+
+    ``min_p`` drops tokens below this share of the likeliest one's probability. A response ends after the first of the
+    ``stop`` strings that its text contains, or the model's own stop token.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
 
 def row_uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
@@ -58,6 +65,9 @@ def _truncate(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.top_k:
         kth = logprobs.topk(min(sampling.top_k, logprobs.shape[1]), dim=-1).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < kth, float("-inf"))
+    if sampling.min_p > 0.0:
+        floor = logprobs.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
+        logprobs = logprobs.masked_fill(logprobs < floor, float("-inf"))
     if sampling.top_p < 1.0:
         ordered, order = logprobs.softmax(dim=-1).sort(dim=-1, descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p

@@ -13,7 +13,7 @@ from vrlt_fast.model.language import prefix_logprobs, target_logprobs
 from vrlt_fast.model.layout import answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.rollout.engine import shared_vision
+from vrlt_fast.model.vision import shared_vision
 
 
 def answer_tokens(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> list[int]:

@@ -14,7 +14,8 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
-from vrlt_fast.rollout.engine import Group, RolloutRequest, RolloutStats, generate
+from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr

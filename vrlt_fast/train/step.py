@@ -13,8 +13,9 @@ from vrlt_fast.config import GrpoConfig
 from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.vision import shared_vision
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
-from vrlt_fast.rollout.engine import Group, shared_vision
+from vrlt_fast.rollout.group import Group
 from vrlt_kernels import LossSpec, group_advantages, policy_loss
 
 

@@ -1,0 +1,56 @@
+"""What is asked of a rollout engine and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.rewards.base import Response
+from vrlt_fast.rollout.sampler import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutRequest:
+    """``n`` responses to a prompt. ``seed`` fixes them whatever else is in the batch; groups with ``train=False`` are
+    auxiliary: shapers see them, the update does not."""
+
+    prompt: Prompt
+    n: int
+    sampling: Sampling
+    seed: int
+    train: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One response: its text for rewards, its tokens (stop token included) and their log-probs fp32 [n]."""
+
+    response: Response
+    tokens: tuple[int, ...]
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One prompt and its responses."""
+
+    request: RolloutRequest
+    completions: tuple[Completion, ...]
+
+
+@dataclass
+class RolloutStats:
+    """Counters and wall seconds of one call."""
+
+    frames_encoded: int = 0
+    prefix_tokens_prefilled: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: RolloutStats) -> None:
+        """Take another call's counts and seconds in."""
+        self.frames_encoded += other.frames_encoded
+        self.prefix_tokens_prefilled += other.prefix_tokens_prefilled
+        for phase, spent in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent

@@ -125,6 +125,16 @@ class RolloutConfig(_Section):
     """Nucleus sampling: smallest set of tokens with this probability."""
     top_k: Count = 0
     """Sample among the k likeliest tokens only; 0: all."""
+    min_p: Share = 0.0
+    """Leave out tokens below this share of the likeliest one's probability; 0: none."""
+    stop: tuple[str, ...] = ()
+    """A response ends behind the first of these strings, beside the model's own stop token."""
+    max_rows: Positive = 256
+    """Most responses that are decoded at a time."""
+    kv_gb: Annotated[float, Field(ge=0.0)] = 0.0
+    """GB (10^9 bytes) for keys and values; prompts wait for room. 0: 60 % of the free GPU memory, or 4 GB on a CPU."""
+    prefill_chunk: Positive = 8192
+    """Prompt tokens in one pass of the prefill."""
 
 
 class RewardConfig(_Section):

@@ -54,6 +54,7 @@ CODES: dict[str, str] = {
     "VRLT-E03": "needs a source checkout",
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
+    "VRLT-S03": "logits of a rollout not finite",
 }
 
 _EXIT = {"C": 2, "D": 3, "V": 3, "M": 4, "R": 4, "K": 4, "E": 4, "S": 75}

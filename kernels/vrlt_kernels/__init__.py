@@ -7,6 +7,14 @@ first operator that runs on it.
 from ._checks import KernelInputError
 from ._launch import availability, report, use_backend
 from .group_advantage import group_advantages, group_advantages_ref
+from .group_attention import (
+    GroupSpans,
+    chunk_attention,
+    chunk_attention_ref,
+    group_attention,
+    group_attention_ref,
+)
+from .group_decode import group_decode, group_decode_ref
 from .grpo_loss import GrpoLoss, grpo_loss, grpo_loss_ref
 from .linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_ref
 from .linear_logprob import linear_logprob, linear_logprob_ref
@@ -20,6 +28,7 @@ from .token_weight import token_weight, token_weight_ref
 
 __all__ = [
     "NV12",
+    "GroupSpans",
     "GrpoLoss",
     "KernelInputError",
     "LossSpec",
@@ -27,8 +36,14 @@ __all__ = [
     "PolicyLoss",
     "TokenLogprob",
     "availability",
+    "chunk_attention",
+    "chunk_attention_ref",
     "group_advantages",
     "group_advantages_ref",
+    "group_attention",
+    "group_attention_ref",
+    "group_decode",
+    "group_decode_ref",
     "grpo_loss",
     "grpo_loss_ref",
     "linear_grpo_loss",

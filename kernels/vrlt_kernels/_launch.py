@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from ._checks import bad, describe, one_of
 
-Backend = Literal["triton", "native", "reference"]
+Backend = Literal["triton", "native", "flash", "reference"]
 ENVIRONMENT = "VRLT_KERNELS_BACKEND"
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,7 +57,8 @@ def use_backend(backend: Optional[Backend]) -> Iterator[None]:
 def choose(op: str, tensor: torch.Tensor, *, has: Sequence[Backend] = ("triton", "native", "reference")) -> Backend:
     """The backend for operator ``op``, which has the backends ``has``, on the device and dtype of ``tensor``.
 
-    Without a forced one: Triton on CUDA, the compiled one on the CPU, else the reference.
+    Without a forced one: torch's flash attention where the operator is built on it; else Triton on CUDA, the compiled
+    one on the CPU, else the reference.
 
     Raises:
         KernelInputError: the forced backend can't run here, with the reason.
@@ -70,7 +71,7 @@ def choose(op: str, tensor: torch.Tensor, *, has: Sequence[Backend] = ("triton",
         if reason:
             raise bad("backend", f"{forced!r} for {op} ({describe(tensor)})", f"another one: {reason}")
         return _say(op, forced, "as asked")
-    fast: Backend = "native" if tensor.device.type == "cpu" else "triton"
+    fast: Backend = "flash" if "flash" in has else "native" if tensor.device.type == "cpu" else "triton"
     if fast not in has:
         return _say(op, "reference", f"{op} has no {fast} backend")
     reason = _obstacle(fast, tensor)
@@ -92,6 +93,8 @@ def availability(device: Union[str, torch.device] = "cpu") -> Dict[Backend, str]
 
 def _obstacle(backend: Backend, tensor: torch.Tensor) -> str:
     """Why a backend can't run; empty where it can."""
+    if backend == "flash" and tensor.is_cuda and tensor.dtype not in (torch.float16, torch.bfloat16):
+        return "torch's flash attention takes fp16 and bf16 on CUDA"
     if backend == "triton":
         if not has_triton():
             return "triton is not installed"

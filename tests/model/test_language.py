@@ -56,8 +56,8 @@ def replicated_logits(lm, prompt, response):
 def test_logits_and_gradients_equal_the_replicated_forward(lm, prompts, seed):
     rng = random.Random(seed)
     responses = [[[rng.randrange(256) for _ in range(rng.randint(1, 9))] for _ in range(n)] for n in (1, 3, 2, 1, 4)]
-    layout = build_layout(prompts, rows_of(prompts, responses), pad=lm.info.pad_token)
-    weight = torch.randn(int(layout.row_lengths.sum()), generator=torch.Generator().manual_seed(seed))
+    layout = build_layout(prompts, rows_of(prompts, responses))
+    weight = torch.randn(len(layout.targets), generator=torch.Generator().manual_seed(seed))
 
     lm.module.zero_grad()
     logits = lm.module.lm_head(target_hidden(lm, layout, shared_vision(lm, prompts)))
@@ -80,9 +80,9 @@ def test_logits_and_gradients_equal_the_replicated_forward(lm, prompts, seed):
 
 def test_padding_and_neighbours_do_not_change_a_row(lm, prompts):
     response = [5, 6, 7]
-    alone = build_layout(prompts[:1], rows_of(prompts, [[response]]), pad=lm.info.pad_token)
+    alone = build_layout(prompts[:1], rows_of(prompts, [[response]]))
     others = rows_of(prompts, [[response], [[1] * 9], [[2]], [], [[3] * 4]])
-    among = build_layout(prompts, others, pad=lm.info.pad_token)
+    among = build_layout(prompts, others)
     with torch.no_grad():
         first = target_hidden(lm, alone, shared_vision(lm, prompts[:1]))
         second = target_hidden(lm, among, shared_vision(lm, prompts))[:3]
@@ -118,7 +118,7 @@ def test_segment_attention_equals_attention_segment_by_segment(seed):
 
 
 def test_chunks_of_logits_change_nothing(lm, prompts, monkeypatch):
-    layout = build_layout(prompts, rows_of(prompts, [[[5, 6, 7]], [[1] * 9, [2]], [[3]], [], [[4] * 4]]), pad=0)
+    layout = build_layout(prompts, rows_of(prompts, [[[5, 6, 7]], [[1] * 9, [2]], [[3]], [], [[4] * 4]]))
 
     def run():
         lm.module.zero_grad()

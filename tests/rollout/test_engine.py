@@ -5,6 +5,7 @@ import torch
 
 from vrlt_fast.config import ModelConfig, PromptConfig, VideoConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.errors import ConfigError
 from vrlt_fast.model.language import target_hidden
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
@@ -40,7 +41,7 @@ def test_logprobs_of_rollouts_equal_scoring(lm, prompts, temperature):
     sampling = Sampling(12, temperature)
     groups, stats = generate(lm, [RolloutRequest(p, 3, sampling, seed=i) for i, p in enumerate(prompts)])
     rows = [[response_row(p, c.tokens) for c in g.completions] for p, g in zip(prompts, groups, strict=True)]
-    layout = build_layout(prompts, rows, pad=lm.info.pad_token)
+    layout = build_layout(prompts, rows)
     with torch.no_grad():
         logits = lm.module.lm_head(target_hidden(lm, layout, shared_vision(lm, prompts)))
     expected = token_logprob_ref(logits, layout.targets, temperature).logp
@@ -113,7 +114,7 @@ def test_draws_follow_the_distribution(seed):
 
 
 def test_generate_refuses_nonsense(lm, prompts):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ConfigError, match="at least one request"):
         generate(lm, [])
-    with pytest.raises(ValueError, match="n >= 1"):
+    with pytest.raises(ConfigError, match="n >= 1"):
         generate(lm, [RolloutRequest(prompts[0], 0, Sampling(5), seed=0)])

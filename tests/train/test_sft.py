@@ -10,9 +10,9 @@ import torch
 from vrlt_fast.config import PromptConfig, VideoConfig
 from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.readers import read_jsonl, resolve_video
-from vrlt_fast.model.prompt import encode_narration
+from vrlt_fast.model.prompt import encode_narration, encode_prompt
 from vrlt_fast.model.vision import normalise
-from vrlt_fast.train.sft import answer_tokens, by_clip, narration_backward, sft_backward
+from vrlt_fast.train.sft import answer_tokens, by_clip, sft_backward
 from vrlt_fast.video.cache import ClipLoader
 
 
@@ -50,14 +50,14 @@ def test_gradient_equals_labels_on_replicated_rows(lm, prompts, seed, micro_rows
     lm.module.zero_grad()
     expected_loss = sum(labelled_backward(lm, p, a, total) for p, a in zip(prompts, answers, strict=True))
     expected = gradients(lm)
-    loss, tokens = sft_backward(lm, prompts, answers, micro_rows)
+    loss = sft_backward(lm, prompts, answers, micro_rows)
     ours = gradients(lm)
-    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert loss.answers == pytest.approx(expected_loss, rel=1e-6)
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         assert float((ours[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-9, name
     replicated = sum(len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True))
-    assert tokens < replicated
+    assert loss.tokens < replicated
 
 
 def test_micro_batches_hold_every_prompt_once_by_clip(prompts):
@@ -96,9 +96,14 @@ def test_narration_is_the_captions_behind_their_frame_pairs(lm, demo, seed):
         assert set(behind.tolist()) <= set(places.tolist())
 
     lm.module.zero_grad()
-    loss = narration_backward(lm, narrations, 0.5, micro_rows=2)
-    ours = {n: p.grad.clone() for n, p in lm.module.named_parameters() if p.grad is not None}
-    lm.module.zero_grad()
+    prompts = [encode_prompt(lm.info, n.sample, n.clip, prompt) for n, _ in narrations]
+    answers = [answer_tokens(lm.info, p.sample, prompt) for p in prompts]
+    loss = sft_backward(lm, prompts, answers, 2, narrations, 0.5)
+    ours = gradients(lm)
+    total = sum(map(len, answers))
+    assert loss.answers == pytest.approx(
+        sum(labelled_backward(lm, p, a, total) for p, a in zip(prompts, answers, strict=True)), rel=1e-6
+    )
     rows = []
     for narration, places in narrations:
         out = lm.module(
@@ -111,7 +116,7 @@ def test_narration_is_the_captions_behind_their_frame_pairs(lm, demo, seed):
         rows.append(out.logits[0, places - 1].log_softmax(-1).gather(1, narration.ids[places][:, None])[:, 0])
     expected = -torch.cat(rows).mean()
     (0.5 * expected).backward()
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert loss.captions == pytest.approx(float(expected.detach()), rel=1e-6)
     for name, parameter in lm.module.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)

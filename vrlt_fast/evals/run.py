@@ -17,8 +17,8 @@ from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.load import VideoLM, inspect_model, load_model
 from vrlt_fast.model.prompt import Prompt, encode_prompt
-from vrlt_fast.rollout.engine import generate
-from vrlt_fast.rollout.group import RolloutRequest
+from vrlt_fast.rollout.engine import GroupEngine
+from vrlt_fast.rollout.group import Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips, ClipSource
@@ -75,13 +75,13 @@ def evaluate(
     failed: list[VrltError] = []
     done: dict[str, list[list[Scored]]] = {name: [] for name in ["greedy", *names]}
     kept: list[Sample] = []
+    engine = GroupEngine(lm, config.rollout)
     loader.expect(root / sample.video for sample in samples)
     for prompts in _batches(lm, samples, loader, config, root=root, alter=alter, failed=failed):
         first = len(kept)
         kept += [p.sample for p in prompts]
-        for name, temperature in zip(["greedy", *names], [0.0, *temps], strict=True):
-            n = 1 if name == "greedy" else config.eval.responses
-            done[name] += _answers(lm, prompts, config, n, temperature, first=first)
+        for name, answers in zip(done, _answers(engine, prompts, config, [0.0, *temps], first=first), strict=True):
+            done[name] += answers
         if progress:
             progress(len(prompts))
     metrics = {name: summarise([s for group in groups for s in group]) for name, groups in done.items() if any(groups)}
@@ -115,16 +115,27 @@ def _batches(
 
 
 def _answers(
-    lm: VideoLM, prompts: Sequence[Prompt], config: Config, n: int, temperature: float, *, first: int
-) -> list[list[Scored]]:
-    if n == 0:
-        return [[] for _ in prompts]
-    sampling = Sampling(config.rollout.max_new_tokens, temperature)
+    engine: GroupEngine, prompts: Sequence[Prompt], config: Config, temperatures: Sequence[float], *, first: int
+) -> list[list[list[Scored]]]:
+    """By temperature and prompt: one greedy answer at temperature 0, ``eval.responses`` at others. One rollout, so that
+    all answers to a prompt share its prefill.
+    """
     base = config.train.seed * 1_000_003 + first
-    requests = [RolloutRequest(p, n, sampling, seed=base + i) for i, p in enumerate(prompts)]
-    groups, _ = generate(lm, requests)
-    think = config.prompt.think
-    return [[score(c.response, g.request.prompt.sample, think=think) for c in g.completions] for g in groups]
+    requests = []
+    for temperature in temperatures:
+        sampling = Sampling(config.rollout.max_new_tokens, temperature)
+        n = config.eval.responses if temperature else 1
+        requests += [RolloutRequest(p, n, sampling, seed=base + i) for i, p in enumerate(prompts) if n]
+    groups = iter(engine.generate(requests)[0])
+    return [
+        [_scored(next(groups), config) if config.eval.responses or not temperature else [] for _ in prompts]
+        for temperature in temperatures
+    ]
+
+
+def _scored(group: Group, config: Config) -> list[Scored]:
+    sample = group.request.prompt.sample
+    return [score(c.response, sample, think=config.prompt.think) for c in group.completions]
 
 
 def _row(sample: Sample, greedy: Sequence[Scored], sampled: Sequence[Scored]) -> dict[str, Any]:

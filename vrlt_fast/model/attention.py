@@ -1,4 +1,5 @@
-"""Attention of the vision tower over independent segments, registered in transformers' attention interface.
+"""The attention functions that this package registers in transformers' attention interface: one for the vision tower
+over independent segments, one for the language model over what a pass says.
 
 Qwen-VL towers attend inside one frame pair (or window) only. transformers' sdpa path calls attention once a segment
 from Python; here segments of equal length go through one batched call. Same mathematics, no extra wheel.
@@ -6,14 +7,17 @@ from Python; here segments of equal length go through one batched call. Same mat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # transformers hands segment boundaries only to implementations whose name contains "flash"
 SEGMENTS = "vrlt_flash_segments"
+PASS = "vrlt_pass"
 
 
 def segment_attention(
@@ -63,3 +67,40 @@ def _batched(
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)
+
+
+class Pass(Protocol):
+    """What the tokens of one call of the language model attend to."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention [N, Hq, d] of query [N, Hq, d] with the new keys and values [N, Hk, d] of this layer."""
+        ...
+
+
+def pass_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    group_pass: Pass | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """The language model's attention: what the pass says, over one packed sequence [1, heads, N, d].
+
+    Without a pass, as in transformers' own forward or ``generate``, transformers' sdpa.
+    """
+    if group_pass is None:
+        plain: tuple[torch.Tensor, None]
+        plain = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+        return plain
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return group_pass.attend(module.layer_idx, q, k, v, scaling).unsqueeze(0), None
+
+
+AttentionInterface.register(PASS, pass_attention)
+AttentionMaskInterface.register(PASS, sdpa_mask)

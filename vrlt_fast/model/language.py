@@ -1,128 +1,84 @@
-"""Passes of the language model over a group layout: the prompt once, the responses on top of its keys and values."""
+"""Passes of the language model over a group layout: one packed sequence, every prompt once, its responses behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
-from inspect import signature
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from vrlt_fast.model.attention import Pass
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
-from vrlt_kernels import TokenLogprob, linear_logprob
+from vrlt_kernels import GroupSpans, TokenLogprob, group_attention, linear_logprob
 
 LOGITS = 2**27
 """Most logits that exist at a time (512 MB in fp32)."""
 
 
-@dataclass
-class KeyValues:
-    """Keys and values a layer, each [P, kv_heads, L, d]: what transformers' attention asks of a cache, and no more."""
+@dataclass(frozen=True)
+class GroupPass:
+    """Prefixes and rows of a layout, with gradients."""
 
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
+    spans: GroupSpans
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.append(key)
-        self.values.append(value)
-        return key, value
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return group_attention(query, key, value, self.spans, scale)
 
 
-@dataclass
-class Extension:
-    """The keys and values of the prompts, repeated for their rows, in front of the rows' own. Keeps the graph."""
-
-    prefix: KeyValues
-    group: torch.Tensor
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = torch.cat([self.prefix.keys[layer].index_select(0, self.group), key], dim=2)
-        values = torch.cat([self.prefix.values[layer].index_select(0, self.group), value], dim=2)
-        return keys, values
-
-
-def run_text(
-    lm: VideoLM, embeds: torch.Tensor, positions: torch.Tensor, cache: object, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Hidden states [B, T, hidden] after the final norm. ``mask`` bool [B, 1, T, keys]; None: causal."""
+def run_text(lm: VideoLM, embeds: torch.Tensor, positions: torch.Tensor, group_pass: Pass) -> torch.Tensor:
+    """Hidden states [N, hidden] after the final norm, from embeddings [N, hidden] and positions int64 [3, N]."""
     out = lm.module.model.language_model(
-        inputs_embeds=embeds,
-        position_ids=positions,
-        attention_mask={"full_attention": mask},
+        inputs_embeds=embeds[None],
+        position_ids=positions[:, None],
+        attention_mask={"full_attention": None},
         use_cache=False,
-        **{_cache_argument(type(lm.module.model.language_model).forward): cache},
+        group_pass=group_pass,
     )
-    hidden: torch.Tensor = out.last_hidden_state
+    hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden
 
 
-@lru_cache(maxsize=8)
-def _cache_argument(forward: Callable[..., Any]) -> str:
-    """What a model's forward calls its cache: transformers renamed it in 5.24."""
-    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
+def embed_tokens(lm: VideoLM, ids: torch.Tensor, visual: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+    """Input embeddings [N, hidden] with the clips' embeddings put in by place, never by token id."""
+    embeds: torch.Tensor = lm.module.get_input_embeddings()(ids)
+    return embeds.index_copy(0, visual, vision.to(embeds.dtype))
 
 
-def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
-    """Input embeddings [P, L, hidden] with the clips' embeddings put in by place, never by token id."""
-    embeds = lm.module.get_input_embeddings()(layout.ids)
-    flat = embeds.flatten(0, 1).index_copy(0, layout.visual, vision.to(embeds.dtype))
-    stacked: torch.Tensor = flat.view_as(embeds)
-    return stacked
-
-
-def prefill(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tuple[torch.Tensor, KeyValues]:
-    """One pass over the prompts. Returns the hidden state [P, hidden] of each prompt's last token, and the prefix KV.
-
-    Padding stands on the right, so the causal mask alone keeps it out.
-    """
-    cache = KeyValues()
-    hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, cache, None)
-    return hidden[torch.arange(len(hidden), device=hidden.device), layout.lengths - 1], cache
-
-
-def row_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
-    """bool [rows, 1, queries, L + queries]: a token of a row sees its prefix and what stands before it in its row."""
-    device, width = layout.ids.device, layout.ids.shape[1]
-    prefix = torch.arange(width, device=device) < layout.lengths[layout.group][:, None]
-    own = torch.ones(queries, queries, dtype=torch.bool, device=device).tril()
-    rows = len(layout.group)
-    return torch.cat(
-        [prefix[:, None, None, :].expand(rows, 1, queries, width), own.expand(rows, 1, queries, queries)], dim=3
-    )
+def hidden_states(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+    """Hidden states [N, hidden] of all tokens of the layout, with gradients."""
+    embeds = embed_tokens(lm, layout.ids, layout.visual, vision)
+    return run_text(lm, embeds, layout.positions, GroupPass(layout.spans))
 
 
 def target_hidden(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
-    """Hidden states [N, hidden] that predict every target token, rows in order; N as in ``layout.targets``.
-
-    The prefix runs once a group; its keys and values, and its last hidden state, feed all rows, with gradients.
-    """
-    last, prefix = prefill(lm, layout, vision)
-    hidden = last.index_select(0, layout.group)[:, None]
-    queries = layout.row_ids.shape[1] - 1
-    if queries > 0:
-        embeds = lm.module.get_input_embeddings()(layout.row_ids[:, :-1])
-        positions = layout.row_positions[:, :, :-1]
-        mask = row_mask(layout, queries)
-        rest = run_text(lm, embeds, positions, Extension(prefix, layout.group), mask)
-        hidden = torch.cat([hidden, rest], dim=1)
-    return hidden[layout.mask]
+    """Hidden states [M, hidden] that predict every target token, with gradients; M as in ``layout.targets``."""
+    return hidden_states(lm, layout, vision).index_select(0, layout.source)
 
 
 def target_logprobs(
-    lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, temperature: float = 1.0
+    lm: VideoLM,
+    layout: GroupLayout,
+    vision: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    also: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs fp32 [N] of the target tokens, with gradients, and entropies [N] in nats, without.
+    """Log-probs fp32 [M] of the target tokens, with gradients, and entropies [M] in nats, without.
 
     Logits exist for ``LOGITS`` values at a time; where they are more, some are computed again in the backward pass.
+
+    Args:
+        also: int64 [n] places of further tokens to score, which are inputs themselves; none first in its prefix. Theirs
+            stand behind those of the targets.
     """
-    out = _score(lm, target_hidden(lm, layout, vision), layout.targets, temperature)
+    source, targets = layout.source, layout.targets
+    if also is not None:
+        also = also.to(source.device)
+        source, targets = torch.cat([source, also - 1]), torch.cat([targets, layout.ids[also]])
+    hidden = hidden_states(lm, layout, vision).index_select(0, source)
+    out = _score(lm, hidden, targets, temperature)
     return out.logp, out.entropy.detach()
 
 
@@ -131,11 +87,3 @@ def _score(lm: VideoLM, hidden: torch.Tensor, targets: torch.Tensor, temperature
     head = lm.module.lm_head
     budget = LOGITS * hidden.element_size()
     return linear_logprob(hidden, head.weight, targets, temperature, bias=head.bias, budget_bytes=budget)
-
-
-def prefix_logprobs(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Log-probs fp32 [n], with gradients, of the prefix tokens at ``places`` (int64 [n] in [P * L], none first in its
-    row).
-    """
-    hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, KeyValues(), None).flatten(0, 1)
-    return _score(lm, hidden[places - 1], layout.ids.flatten()[places], 1.0).logp

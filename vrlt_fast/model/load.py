@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from vrlt_fast.config import ModelConfig
 from vrlt_fast.errors import Problem, SetupError
-from vrlt_fast.model.attention import SEGMENTS
+from vrlt_fast.model.attention import PASS, SEGMENTS
 from vrlt_fast.model.patch_embed import fold_normalize_
 from vrlt_fast.video.preprocess import Geometry
 
@@ -200,6 +200,7 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
             )
     # set behind from_pretrained, which would look for a flash-attn wheel
     module.model.visual.config._attn_implementation = SEGMENTS
+    module.model.language_model.config._attn_implementation = PASS
     module.to(device)
     module.train()
     if model.freeze_vision:

@@ -1,110 +1,295 @@
-"""Group rollouts on the trainer's own weights: every clip encoded once, every prompt prefilled once, G rows decoded."""
+"""Group rollouts on the trainer's own weights: every clip encoded once, every prompt prefilled once into one contiguous
+prefix, which one decode step reads once for all of its rows. Rows leave at their end, and the next prompts take their
+place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
-from vrlt_fast.model.language import prefill, run_text
-from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
+from vrlt_fast.config import RolloutConfig
+from vrlt_fast.errors import ConfigError, DataError, Problem, Stopped
+from vrlt_fast.model.language import embed_tokens, run_text
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.vision import shared_vision
-from vrlt_fast.rewards.base import Response
-from vrlt_fast.rollout.group import Completion, Group, RolloutRequest, RolloutStats
-from vrlt_fast.rollout.kv import DecodeCache
-from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
+from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.model.vision import encode_clips
+from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
+from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
+from vrlt_fast.rollout.passes import DecodePass, PrefillPass
+from vrlt_fast.rollout.rows import Collector, Ending, Resident, Row, by_prompt, row_seeds
+from vrlt_fast.rollout.sampler import draw, row_uniforms
+from vrlt_kernels import GroupSpans
 
 
-@torch.no_grad()
-def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:
-    """Sample all requests; they must share one :class:`Sampling`.
+class GroupEngine:
+    """Rollouts on the weights of ``lm``, which may change between calls."""
 
-    Raises:
-        ValueError: no request, n < 1, or requests that differ in their sampling.
-    """
-    if not requests or min(r.n for r in requests) < 1 or len({r.sampling for r in requests}) != 1:
-        raise ValueError("generate needs at least one request, n >= 1, and one sampling for all")
-    lm.module.eval()
-    prompts = [r.prompt for r in requests]
-    rows = [[response_row(r.prompt, [])] * r.n for r in requests]
-    layout = build_layout(prompts, rows, pad=lm.info.pad_token, device=lm.device)
-    after = torch.tensor([p.next_position for p in prompts], device=lm.device)[layout.group]
-    start = perf_counter()
-    unique = list({p.clip.key: p.clip for p in prompts}.values())
-    vision = shared_vision(lm, prompts)
-    encoded = perf_counter()
-    last, prefix = prefill(lm, layout, vision)
-    prefilled = perf_counter()
-    seeds = [(r.seed * 1_000_003 + i) % 2**63 for r in requests for i in range(r.n)]
-    sampling = requests[0].sampling
-    cache = DecodeCache(prefix, layout.group, sampling.max_new_tokens)
-    tokens, logprobs = _decode(lm, layout, cache, last.index_select(0, layout.group), after, seeds, sampling)
-    lm.module.train()
-    stats = RolloutStats(
-        frames_encoded=sum(len(c.times) for c in unique),
-        prefix_tokens_prefilled=int(layout.lengths.sum()),
-        seconds={"encode": encoded - start, "prefill": prefilled - encoded, "generate": perf_counter() - prefilled},
-    )
-    return _collect(lm, requests, tokens, logprobs), stats
+    def __init__(self, lm: VideoLM, config: RolloutConfig | None = None):
+        self.lm, self.config = lm, config or RolloutConfig()
+        self._store: KvStore | None = None
 
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[RolloutRequest], on_group: Callable[[Group], None] | None = None
+    ) -> tuple[list[Group], RolloutStats]:
+        """Sample all requests; requests with the same prompt object share its prefill.
 
-def _decode(
-    lm: VideoLM,
-    layout: GroupLayout,
-    cache: DecodeCache,
-    hidden: torch.Tensor,
-    position: torch.Tensor,
-    seeds: Sequence[int],
-    sampling: Sampling,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 and log-probs fp32, both [rows, T]; a row that has stopped leaves the batch and is padded.
+        Args:
+            on_group: called with each group as soon as its last row has ended.
 
-    ``hidden`` [rows, hidden] predicts the first token of each row, which gets ``position`` int64 [rows].
-    """
-    device, pad = lm.device, lm.info.pad_token
-    banned = torch.tensor(lm.info.visual_tokens, device=device)
-    stops = torch.tensor(lm.info.stop_tokens, device=device)
-    uniforms = row_uniforms(seeds, sampling.max_new_tokens).to(device)
-    prefix_width = layout.ids.shape[1]
-    visible = torch.arange(prefix_width, device=device) < layout.lengths[layout.group][:, None]
-    live = torch.arange(len(seeds), device=device)
-    tokens = torch.full((len(seeds), sampling.max_new_tokens), pad, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(tokens.shape, device=device)
-    for step in range(sampling.max_new_tokens):
-        drawn, drawn_logprobs = draw(lm.module.lm_head(hidden), uniforms[live, step], sampling, banned)
-        tokens[live, step], logprobs[live, step] = drawn, drawn_logprobs
-        going = (~torch.isin(drawn, stops)).nonzero()[:, 0]
-        if len(going) == 0 or step + 1 == sampling.max_new_tokens:
-            break
-        if len(going) < len(live):
-            live, drawn, visible = live[going], drawn[going], visible[going]
-            cache.keep(going)
-        own = torch.ones(len(live), step + 1, dtype=torch.bool, device=device)
-        mask = torch.cat([visible, own], dim=1)[:, None, None, :]
-        embeds = lm.module.get_input_embeddings()(drawn[:, None])
-        places = (position[live] + step)[None, :, None].expand(3, -1, -1)
-        hidden = run_text(lm, embeds, places, cache, mask)[:, 0]
-        cache.advance()
-    return tokens, logprobs
+        Raises:
+            ConfigError: C04 no request or n < 1, or a KV budget (``rollout.kv_gb``) too small for one row.
+            DataError: D10 an empty prompt, or prompt and response longer than the model's context.
+            Stopped: S03 logits that are not a number.
+        """
+        self._check(requests)
+        self.lm.module.eval()
+        try:
+            return _Call(self.lm, self.config, self._room(requests), requests, on_group).run()
+        finally:
+            self.lm.module.train()
+
+    def _check(self, requests: Sequence[RolloutRequest]) -> None:
+        if not requests or min(r.n for r in requests) < 1:
+            what = "a rollout needs at least one request and n >= 1 responses each"
+            raise ConfigError(Problem("VRLT-C04", what, "rollout.group_size"))
+        for request in requests:
+            length, reserve = len(request.prompt), request.sampling.max_new_tokens
+            where = request.prompt.sample.line or request.prompt.sample.id
+            if not length:
+                raise DataError(Problem("VRLT-D10", "the prompt is empty", where))
+            if length + reserve > self.lm.info.context:
+                what = f"prompt of {length} tokens and response of {reserve} exceed the model's context"
+                fix = "lower video.max_frames, video.max_pixels or rollout.max_new_tokens"
+                raise DataError(Problem("VRLT-D10", what, where, f"it is {self.lm.info.context}", fix))
+
+    def _room(self, requests: Sequence[RolloutRequest]) -> KvStore:
+        """The buffers of the call before, where they suffice."""
+        text, parameter = self.lm.info.config.text_config, self.lm.module.get_input_embeddings().weight
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        shape = KvShape(text.num_hidden_layers, text.num_key_value_heads, dim, parameter.dtype, parameter.device)
+        work = by_prompt(requests)
+        budget = budget_bytes(self.config.kv_gb, shape.device)
+        if self._store is not None and not self.config.kv_gb:
+            budget += self._store.nbytes  # it is among what isn't free
+        plan = plan_kv(
+            shape,
+            [len(r.prompt) for r in work],
+            [len(r.waiting) for r in work],
+            max(r.sampling.max_new_tokens for r in requests),
+            budget=budget,
+            max_rows=self.config.max_rows,
+        )
+        if self._store is None or self._store.shape != shape or not self._store.plan.holds(plan):
+            self._store = None  # the old buffers go before the new ones come
+            self._store = KvStore(shape, plan)
+        self._store.clear()
+        return self._store
 
 
-def _collect(
-    lm: VideoLM, requests: Sequence[RolloutRequest], tokens: torch.Tensor, logprobs: torch.Tensor
-) -> list[Group]:
-    rows, probs, stops = tokens.tolist(), logprobs.cpu(), set(lm.info.stop_tokens)
-    groups, row = [], 0
-    for request in requests:
-        completions = []
-        for _ in range(request.n):
-            ids = rows[row]
-            length = next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids))
-            reason = "stop" if ids[length - 1] in stops else "length"
-            text = lm.info.tokenizer.decode(ids[: length - (reason == "stop")], skip_special_tokens=False)
-            completions.append(
-                Completion(Response(text, length, reason), tuple(ids[:length]), probs[row, :length].clone())
+@dataclass
+class _Call:
+    """One call of generate."""
+
+    lm: VideoLM
+    config: RolloutConfig
+    store: KvStore
+    requests: Sequence[RolloutRequest]
+    on_group: Callable[[Group], None] | None
+
+    def __post_init__(self) -> None:
+        self.stats = RolloutStats()
+        self.pending = by_prompt(self.requests)
+        self.resident: list[Resident] = []
+        self.live: list[tuple[Resident, Row]] = []
+        self.ending = Ending(self.lm.info, self.requests)
+        self.collector = Collector(self.requests)
+        longest = max(r.sampling.max_new_tokens for r in self.requests)
+        self.uniforms = row_uniforms(row_seeds(self.requests), longest)
+        self.banned = torch.tensor(self.lm.info.visual_tokens, device=self.lm.device)
+        self._vision: dict[str, torch.Tensor] = {}
+
+    def run(self) -> tuple[list[Group], RolloutStats]:
+        while self.pending or self.live or any(r.waiting for r in self.resident):
+            self._admit()
+            begin = perf_counter()
+            hidden = self._decode()
+            fresh = self._start_rows()
+            if fresh:
+                starts = torch.stack([r.last for r, _ in fresh if r.last is not None])
+                hidden = starts if hidden is None else torch.cat([hidden, starts])
+                self.live += fresh
+            if hidden is None:
+                raise RuntimeError("no row runs and none can be admitted")
+            self._draw(hidden)
+            self.stats.spend("generate", begin)
+        return [g for g in self.collector.groups if g is not None], self.stats
+
+    def _admit(self) -> None:
+        """Take in the next prompts while there is room for their prefix and a row."""
+        free = self.store.free_slots - sum(len(r.waiting) for r in self.resident)
+        fresh = []
+        while self.pending and free > 0 and len(self.resident) < self.store.plan.prompts:
+            start = self.store.take_prefix(len(self.pending[0].prompt))
+            if start is None:
+                break
+            resident = self.pending.pop(0)
+            resident.start = start
+            free -= len(resident.waiting)
+            fresh.append(resident)
+        if fresh:
+            self._encode(fresh)
+            self._prefill(fresh)
+            self.resident += fresh
+            self.stats.most_resident = max(self.stats.most_resident, len(self.resident))
+
+    def _encode(self, fresh: Sequence[Resident]) -> None:
+        """Embeddings of the new prompts' clips, each clip once a call."""
+        begin = perf_counter()
+        clips = {r.prompt.clip.key: r.prompt.clip for r in fresh if r.prompt.clip.key not in self._vision}
+        if clips:
+            pieces = encode_clips(self.lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
+            self._vision |= dict(zip(clips, pieces, strict=True))
+            self.stats.clips_encoded += len(clips)
+            self.stats.frames_encoded += sum(len(c.times) for c in clips.values())
+        self.stats.spend("encode", begin)
+
+    def _prefill(self, fresh: Sequence[Resident]) -> None:
+        begin = perf_counter()
+        pack: list[Resident] = []
+        for resident in fresh:
+            if pack and sum(len(r.prompt) for r in pack) + len(resident.prompt) > self.config.prefill_chunk:
+                self._prefill_pack(pack)
+                pack = []
+            if len(resident.prompt) > self.config.prefill_chunk:
+                self._prefill_long(resident)
+            else:
+                pack.append(resident)
+        if pack:
+            self._prefill_pack(pack)
+        self.stats.prefills += len(fresh)
+        self.stats.prefix_tokens_prefilled += sum(len(r.prompt) for r in fresh)
+        wanted = {r.prompt.clip.key for r in self.pending}
+        self._vision = {key: value for key, value in self._vision.items() if key in wanted}
+        self.stats.spend("prefill", begin)
+
+    def _embeds(self, prompt: Prompt) -> torch.Tensor:
+        device = self.lm.device
+        return embed_tokens(self.lm, prompt.ids.to(device), prompt.visual.to(device), self._vision[prompt.clip.key])
+
+    def _prefill_pack(self, pack: Sequence[Resident]) -> None:
+        """Whole prompts in one packed pass."""
+        lengths, device = [len(r.prompt) for r in pack], self.lm.device
+        spans = GroupSpans.of(lengths, [[] for _ in pack])
+        places = torch.cat([torch.arange(r.start, r.start + n) for r, n in zip(pack, lengths, strict=True)])
+        positions = torch.cat([r.prompt.positions for r in pack], dim=1).to(device)
+        embeds = torch.cat([self._embeds(r.prompt) for r in pack])
+        hidden = run_text(self.lm, embeds, positions, PrefillPass(self.store, places.to(device), spans))
+        for resident, end in zip(pack, spans.starts[1:], strict=True):
+            resident.last = hidden[end - 1].clone()
+
+    def _prefill_long(self, resident: Resident) -> None:
+        """One prompt, piece by piece, each behind what is in the arena already."""
+        prompt, device, step = resident.prompt, self.lm.device, self.config.prefill_chunk
+        embeds, positions = self._embeds(prompt), prompt.positions.to(device)
+        for past in range(0, len(prompt), step):
+            piece = slice(past, min(past + step, len(prompt)))
+            places = torch.arange(resident.start + piece.start, resident.start + piece.stop, device=device)
+            spans = GroupSpans.of([piece.stop - piece.start], [[]])
+            group_pass = PrefillPass(self.store, places, spans, past, resident.start)
+            hidden = run_text(self.lm, embeds[piece], positions[:, piece], group_pass)
+        resident.last = hidden[-1].clone()
+
+    def _start_rows(self) -> list[tuple[Resident, Row]]:
+        """Rows that wait for a slot, as many as there are slots."""
+        fresh = []
+        for resident in self.resident:
+            while resident.waiting and self.store.free_slots:
+                row = resident.waiting.pop(0)
+                row.slot = self.store.take_slot()
+                resident.running += 1
+                fresh.append((resident, row))
+        return fresh
+
+    def _decode(self) -> torch.Tensor | None:
+        """Hidden states [rows, hidden] behind the rows' latest tokens; sorts the rows by prompt."""
+        if not self.live:
+            return None
+        self.live.sort(key=lambda pair: pair[0].order)
+        device, rows = self.lm.device, [row for _, row in self.live]
+        prompts = list(dict.fromkeys(resident for resident, _ in self.live))
+        offsets = [0]
+        for resident in prompts:
+            offsets.append(offsets[-1] + resident.running)
+        columns = [len(row.tokens) - 1 for row in rows]
+        places = [resident.prompt.next_position + c for (resident, _), c in zip(self.live, columns, strict=True)]
+        numbers = torch.tensor([[row.tokens[-1] for row in rows], places, [row.slot for row in rows], columns])
+        tokens, positions, slots, cols = numbers.to(device)
+        group_pass = DecodePass(
+            self.store,
+            slots,
+            cols,
+            (cols + 1).int(),
+            torch.tensor([r.start for r in prompts], device=device),
+            torch.tensor([len(r.prompt) for r in prompts], dtype=torch.int32, device=device),
+            torch.tensor(offsets, dtype=torch.int32, device=device),
+        )
+        self.stats.decode_steps += 1
+        self.stats.prefix_tokens_read += sum(len(r.prompt) for r in prompts)
+        embeds = self.lm.module.get_input_embeddings()(tokens)
+        return run_text(self.lm, embeds, positions.expand(3, -1), group_pass)
+
+    def _draw(self, hidden: torch.Tensor) -> None:
+        """One token for every live row; rows that end leave."""
+        logits = self.lm.module.lm_head(hidden)
+        uniforms = torch.tensor([self.uniforms[row.number, len(row.tokens)] for _, row in self.live])
+        tokens = torch.empty(len(self.live), dtype=torch.int64)
+        logprobs = torch.empty(len(self.live))
+        kinds = [self.requests[row.request].sampling for _, row in self.live]
+        for sampling in dict.fromkeys(kinds):
+            mine = torch.tensor([i for i, kind in enumerate(kinds) if kind == sampling])
+            part = logits if len(mine) == len(kinds) else logits[mine.to(logits.device)]
+            drawn, sums = draw(part, uniforms[mine].to(logits.device), sampling, self.banned)
+            tokens[mine], logprobs[mine] = drawn.cpu(), sums.cpu()
+        if not bool(torch.isfinite(logprobs).all()):
+            bad = self.live[int((~torch.isfinite(logprobs)).nonzero()[0, 0])]
+            self._refuse(*bad)
+        still = []
+        for pair, token, logprob in zip(self.live, tokens.tolist(), logprobs.tolist(), strict=True):
+            if self.ending.append(pair[1], token, logprob):
+                self._finish(*pair)
+            else:
+                still.append(pair)
+        self.stats.tokens_generated += len(self.live)
+        self.live = still
+
+    def _refuse(self, resident: Resident, row: Row) -> None:
+        sample = resident.prompt.sample
+        raise Stopped(
+            Problem(
+                "VRLT-S03",
+                f"logits of response token {len(row.tokens) + 1} are not numbers",
+                where=sample.line or sample.id,
+                why="weights or activations overflowed",
+                fix="go on from an earlier checkpoint with a lower learning rate, or with model.dtype = float32",
             )
-            row += 1
-        groups.append(Group(request, tuple(completions)))
-    return groups
+        )
+
+    def _finish(self, resident: Resident, row: Row) -> None:
+        self.store.give_slot(row.slot)
+        resident.running -= 1
+        if resident.done:
+            self.store.give_prefix(resident.start, len(resident.prompt))
+            self.resident.remove(resident)
+        group = self.collector.add(row, self.ending.completion(row))
+        if group is not None and self.on_group:
+            self.on_group(group)
+
+
+def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:
+    """One call of a :class:`GroupEngine` with default settings."""
+    return GroupEngine(lm).generate(requests)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from time import perf_counter
 
 import torch
 
@@ -42,15 +43,30 @@ class Group:
 
 @dataclass
 class RolloutStats:
-    """Counters and wall seconds of one call."""
+    """Counters and wall seconds of one call. ``prefix_tokens_read``: prefix tokens whose keys and values decode steps
+    read, one read a prompt and step; ``most_resident``: most prompts at a time.
+    """
 
+    clips_encoded: int = 0
     frames_encoded: int = 0
+    prefills: int = 0
     prefix_tokens_prefilled: int = 0
+    prefix_tokens_read: int = 0
+    decode_steps: int = 0
+    tokens_generated: int = 0
+    most_resident: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: RolloutStats) -> None:
         """Take another call's counts and seconds in."""
-        self.frames_encoded += other.frames_encoded
-        self.prefix_tokens_prefilled += other.prefix_tokens_prefilled
+        for f in fields(self):
+            if f.name == "most_resident":
+                self.most_resident = max(self.most_resident, other.most_resident)
+            elif f.name != "seconds":
+                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         for phase, spent in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def spend(self, phase: str, since: float) -> None:
+        """Count the wall time since ``perf_counter()`` was ``since``."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - since

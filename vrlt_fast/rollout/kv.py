@@ -1,40 +1,140 @@
-"""Keys and values during decoding: the prompts' repeated for their rows, and room for the longest response."""
+"""Keys and values of rollouts: an arena with one contiguous prefix a prompt, and a slab with one slot a response."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
-from vrlt_fast.model.language import KeyValues
+from vrlt_fast.errors import ConfigError, Problem
+
+AUTO_GB_CPU = 4.0
+AUTO_SHARE_CUDA = 0.6
 
 
-class DecodeCache:
-    """Buffers [rows, kv_heads, L + max_new, d] a layer. ``length`` is the number of filled columns."""
+@dataclass(frozen=True)
+class KvShape:
+    """What one token costs: layers, key heads, head size and data type."""
 
-    def __init__(self, prefix: KeyValues, group: torch.Tensor, max_new: int):
-        self.length = prefix.keys[0].shape[2]
-        self._keys = [self._buffer(k, group, max_new) for k in prefix.keys]
-        self._values = [self._buffer(v, group, max_new) for v in prefix.values]
+    layers: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
 
-    @staticmethod
-    def _buffer(prefix: torch.Tensor, group: torch.Tensor, max_new: int) -> torch.Tensor:
-        _, heads, length, dim = prefix.shape
-        out = prefix.new_empty(len(group), heads, length + max_new, dim)
-        out[:, :, :length] = prefix.index_select(0, group)
-        return out
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + key.shape[2]
-        self._keys[layer][:, :, self.length : end] = key
-        self._values[layer][:, :, self.length : end] = value
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
-    def advance(self) -> None:
-        """Count the column that all layers have just written."""
-        self.length += 1
+@dataclass(frozen=True)
+class KvPlan:
+    """Room for ``tokens`` of at most ``prompts`` prompts at a time, and ``slots`` responses of ``length`` tokens."""
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these."""
-        self._keys = [k[rows] for k in self._keys]
-        self._values = [v[rows] for v in self._values]
+    tokens: int
+    prompts: int
+    slots: int
+    length: int
+
+    def holds(self, other: KvPlan) -> bool:
+        """Whether everything that fits into ``other`` fits here."""
+        return all(getattr(self, name) >= getattr(other, name) for name in ("tokens", "prompts", "slots", "length"))
+
+
+def budget_bytes(gigabytes: float, device: torch.device) -> int:
+    """``rollout.kv_gb`` in bytes; 0: a share of the free GPU memory, or a few GB of host memory."""
+    if gigabytes:
+        return int(gigabytes * 1e9)
+    if device.type == "cuda":
+        return int(AUTO_SHARE_CUDA * torch.cuda.mem_get_info(device)[0])
+    return int(AUTO_GB_CPU * 1e9)
+
+
+def plan_kv(
+    shape: KvShape, prefixes: Sequence[int], rows: Sequence[int], length: int, *, budget: int, max_rows: int
+) -> KvPlan:
+    """As much as the work needs, or as many whole prompts with all their rows as the budget holds, or one prompt and
+    some of its rows.
+
+    Args:
+        prefixes: tokens of each prompt; ``rows`` its responses; ``length`` of the longest response.
+
+    Raises:
+        ConfigError: C04 when not even the longest prompt and one response fit.
+    """
+    per, longest, most = shape.token_bytes, max(prefixes), min(max(rows), max_rows)
+    slots = min(sum(rows), max_rows)
+    if per * (sum(prefixes) + slots * length) <= budget:
+        return KvPlan(sum(prefixes), len(prefixes), slots, length)
+    resident = budget // (per * (longest + most * length))
+    if resident:
+        return KvPlan(resident * longest, resident, min(resident * most, max_rows), length)
+    fit = (budget // per - longest) // length
+    if fit < 1:
+        needed = per * (longest + length) / 1e9
+        raise ConfigError(
+            Problem(
+                "VRLT-C04",
+                f"a prompt of {longest} tokens and one response of {length} need {needed:.3g} GB of keys and values",
+                where="rollout.kv_gb",
+                why=f"the budget is {budget / 1e9:.3g} GB",
+                fix="raise rollout.kv_gb, or lower rollout.max_new_tokens, video.max_frames or video.max_pixels",
+            )
+        )
+    return KvPlan(longest, 1, int(min(fit, most)), length)
+
+
+class KvStore:
+    """Buffers of a plan. ``prefix_keys[layer]`` [tokens, heads, d]; ``own_keys[layer]`` [slots + 1, length, heads, d],
+    the last slot takes what padding rows write.
+    """
+
+    def __init__(self, shape: KvShape, plan: KvPlan):
+        self.shape, self.plan = shape, plan
+        self.prefix_keys, self.prefix_values = self._buffers(plan.tokens), self._buffers(plan.tokens)
+        self.own_keys = self._buffers(plan.slots + 1, plan.length)
+        self.own_values = self._buffers(plan.slots + 1, plan.length)
+        self.clear()
+
+    def _buffers(self, *size: int) -> list[torch.Tensor]:
+        s = self.shape
+        return [torch.zeros(*size, s.heads, s.dim, dtype=s.dtype, device=s.device) for _ in range(s.layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return (self.plan.tokens + (self.plan.slots + 1) * self.plan.length) * self.shape.token_bytes
+
+    def clear(self) -> None:
+        """Free everything, whatever an interrupted call has left."""
+        self._free_slots = list(range(self.plan.slots - 1, -1, -1))
+        self._holes = [(0, self.plan.tokens)]
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def take_slot(self) -> int:
+        return self._free_slots.pop()
+
+    def give_slot(self, slot: int) -> None:
+        self._free_slots.append(slot)
+
+    def take_prefix(self, tokens: int) -> int | None:
+        """Start of a contiguous place for so many tokens; None where there is none."""
+        for i, (start, size) in enumerate(self._holes):
+            if size >= tokens:
+                self._holes[i : i + 1] = [(start + tokens, size - tokens)] if size > tokens else []
+                return start
+        return None
+
+    def give_prefix(self, start: int, tokens: int) -> None:
+        """Free a place; neighbouring holes are joined."""
+        joined: list[tuple[int, int]] = []
+        for begin, size in sorted([*self._holes, (start, tokens)]):
+            if joined and joined[-1][0] + joined[-1][1] == begin:
+                joined[-1] = (joined[-1][0], joined[-1][1] + size)
+            else:
+                joined.append((begin, size))
+        self._holes = joined

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from vrlt_fast.config import PromptConfig
 from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.model.language import prefix_logprobs, target_logprobs
+from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
@@ -22,50 +23,64 @@ def answer_tokens(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> list
     return list(info.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+@dataclass(frozen=True)
+class SftLoss:
+    """Losses in nats a token, each a mean over the step: of the answers, and of the captions (0 without); and the
+    tokens that went through the model.
+    """
+
+    answers: float
+    captions: float
+    tokens: int
+
+
+Narration = tuple[Prompt, torch.Tensor]
+"""A prompt that ends with the clip's captions, and the places int64 [n] of their tokens."""
+
+
 def sft_backward(
-    lm: VideoLM, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], micro_rows: int
-) -> tuple[float, int]:
-    """Accumulate the gradient of the mean negative log-likelihood (nats a token) of the answers.
+    lm: VideoLM,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[int]],
+    micro_rows: int,
+    narrations: Sequence[Narration] = (),
+    weight: float = 0.0,
+) -> SftLoss:
+    """Accumulate the gradient of the mean negative log-likelihood of the answers, and ``weight`` times that of the
+    captions.
 
     Questions about the same video share its tokens: system message and video run once, the questions are rows behind
-    them. Returns the loss and the number of tokens that went through the model.
+    them. A caption stands right behind its frame pair: the tower learns from it long before attention finds the pair
+    from an answer. Both go through the model in one packed sequence, and a clip goes through the tower once.
     """
     total = sum(len(a) for a in answers)
-    loss, trained = 0.0, 0
+    captions = sum(len(places) for _, places in narrations)
+    left = {narration[0].clip.key: narration for narration in narrations}
+    if not left.keys() <= {p.clip.key for p in prompts}:
+        raise ValueError("a narration has a clip that no prompt has")
+    answer_loss, caption_loss, tokens = 0.0, 0.0, 0
     for chunk in by_clip(prompts, micro_rows):
-        firsts = [prompts[group[0]] for group in chunk]
-        cuts = [common_prefix([prompts[i] for i in group]) for group in chunk]
+        told = [left.pop(key) for key in dict.fromkeys(prompts[g[0]].clip.key for g in chunk) if key in left]
+        firsts = [*(prompts[group[0]] for group in chunk), *(prompt for prompt, _ in told)]
+        cuts = [*(common_prefix([prompts[i] for i in group]) for group in chunk), *(len(p) for p, _ in told)]
         rows = [
-            [answer_row(prompts[i], cut, answers[i]) for i in group] for cut, group in zip(cuts, chunk, strict=True)
+            *(
+                [answer_row(prompts[i], cut, answers[i]) for i in group]
+                for cut, group in zip(cuts, chunk, strict=False)
+            ),
+            *([] for _ in told),
         ]
-        layout = build_layout(firsts, rows, pad=lm.info.pad_token, cuts=cuts, device=lm.device)
-        logp, _ = target_logprobs(lm, layout, shared_vision(lm, firsts))
-        part = -logp.sum() / total
+        layout = build_layout(firsts, rows, cuts=cuts, device=lm.device)
+        starts = layout.spans.starts[len(chunk) :]
+        places = [where + start for (_, where), start in zip(told, starts, strict=False)]
+        logp = target_logprobs(lm, layout, shared_vision(lm, firsts), also=torch.cat(places) if places else None)[0]
+        of_answers, of_captions = (-part.sum() for part in logp.tensor_split([len(layout.targets)]))
+        part = of_answers / total + (weight * of_captions / captions if captions else 0.0)
         torch.autograd.backward(part)
-        loss += float(part.detach())
-        trained += layout.tokens_trained
-    return loss, trained
-
-
-def narration_backward(
-    lm: VideoLM, narrations: Sequence[tuple[Prompt, torch.Tensor]], weight: float, micro_rows: int
-) -> float:
-    """Accumulate ``weight`` times the gradient of the mean negative log-likelihood (nats a token) of the captions.
-
-    A caption stands right behind its frame pair: the tower learns from it long before attention finds the pair from an
-    answer. Returns the loss without the weight.
-    """
-    total, loss = sum(len(places) for _, places in narrations), 0.0
-    for start in range(0, len(narrations), micro_rows):
-        chunk = narrations[start : start + micro_rows]
-        prompts = [prompt for prompt, _ in chunk]
-        layout = build_layout(prompts, [[] for _ in chunk], pad=lm.info.pad_token, device=lm.device)
-        width = layout.ids.shape[1]
-        places = torch.cat([places + row * width for row, (_, places) in enumerate(chunk)]).to(lm.device)
-        part = -prefix_logprobs(lm, layout, shared_vision(lm, prompts), places).sum() / total
-        torch.autograd.backward(weight * part)
-        loss += float(part.detach())
-    return loss
+        answer_loss += float(of_answers.detach()) / total
+        caption_loss += float(of_captions.detach()) / max(captions, 1)
+        tokens += layout.tokens_trained - sum(len(prompt) for prompt, _ in told)
+    return SftLoss(answer_loss, caption_loss, tokens)
 
 
 def by_clip(prompts: Sequence[Prompt], micro_rows: int) -> list[list[list[int]]]:

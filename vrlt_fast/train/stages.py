@@ -14,12 +14,12 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
-from vrlt_fast.rollout.engine import generate
-from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
+from vrlt_fast.rollout.engine import GroupEngine
+from vrlt_fast.rollout.group import RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr
-from vrlt_fast.train.sft import answer_tokens, narration_backward, sft_backward
+from vrlt_fast.train.sft import Narration, answer_tokens, sft_backward
 from vrlt_fast.train.step import ScoredGroup, UpdateStats, grpo_backward, score_groups, score_old, with_rewards
 
 Record = dict[str, Any]
@@ -75,21 +75,17 @@ class SftStage:
         if prompts:
             with clock.phase("update"):
                 answers = [answer_tokens(self.lm.info, p.sample, p.asked) for p in prompts]
-                loss, tokens = sft_backward(self.lm, prompts, answers, config.train.micro_rows)
-                if sft.narration:
-                    record |= self._narrate(prompts)
-                norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
-            record |= {"loss": loss, "grad_norm": norm, "tokens_s": tokens / clock.seconds}
+                told = self._narrations(prompts) if sft.narration else []
+                loss = sft_backward(self.lm, prompts, answers, config.train.micro_rows, told, sft.narration)
+                norm = apply_step(self.lm, self.optimizer, loss.answers, lr, config.optim.grad_clip)
+            record |= {"narration": loss.captions} if told else {}
+            record |= {"loss": loss.answers, "grad_norm": norm, "tokens_s": loss.tokens / clock.seconds}
         return record | clock.record(), []
 
-    def _narrate(self, prompts: Sequence[Prompt]) -> Record:
+    def _narrations(self, prompts: Sequence[Prompt]) -> list[Narration]:
         """The captions of the step's videos, once each; nothing where no sample has a timeline."""
         videos = {p.clip.key: p for p in prompts if p.sample.timeline}
-        narrations = [encode_narration(self.lm.info, p.sample, p.clip, p.asked) for p in videos.values()]
-        if not narrations:
-            return {}
-        config = self.config
-        return {"narration": narration_backward(self.lm, narrations, config.sft.narration, config.train.micro_rows)}
+        return [encode_narration(self.lm.info, p.sample, p.clip, p.asked) for p in videos.values()]
 
 
 class GrpoStage:
@@ -106,6 +102,7 @@ class GrpoStage:
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer = stream, optimizer
+        self._engine = GroupEngine(lm, config.rollout)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -117,7 +114,7 @@ class GrpoStage:
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
             return record | clock.record(), []
-        groups, rolled = self._rollout(self._requests(prompts, step))
+        groups, rolled = self._engine.generate(self._requests(prompts, step))
         clock.phases |= rolled.seconds
         with clock.phase("reward"):
             scored = score_groups(groups, self._reward, unshaped, self._weights, config.grpo)
@@ -127,19 +124,11 @@ class GrpoStage:
         record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
         return record, completion_records(scored, step)
 
-    def _rollout(self, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:
-        """Whole groups, at most ``train.micro_rows`` responses at a time."""
-        at_once = max(1, self.config.train.micro_rows // self.config.rollout.group_size)
-        groups, stats = [], RolloutStats()
-        for start in range(0, len(requests), at_once):
-            some, rolled = generate(self.lm, requests[start : start + at_once])
-            groups += some
-            stats.add(rolled)
-        return groups, stats
-
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         rollout = self.config.rollout
-        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        sampling = Sampling(
+            rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.stop
+        )
         base = (self.config.train.seed * 1_000_003 + step) * 10_007
         return [RolloutRequest(p, rollout.group_size, sampling, base + i) for i, p in enumerate(prompts)]
 

@@ -112,7 +112,7 @@ def grpo_backward(
         logp, entropy = target_logprobs(lm, layout, vision, temperature)
         out = policy_loss(
             logp,
-            torch.nn.functional.pad(layout.row_lengths.cumsum(0), (1, 0)),
+            layout.target_offsets,
             _spec(grpo, has_reference=ref_logp is not None),
             advantages=advantages,
             old_logp=None if old is None else old[number],
@@ -157,7 +157,7 @@ def group_layout(lm: VideoLM, chunk: Sequence[ScoredGroup]) -> GroupLayout:
     """The layout of some groups' prompts and responses."""
     prompts = [s.group.request.prompt for s in chunk]
     rows = [[response_row(p, c.tokens) for c in s.group.completions] for p, s in zip(prompts, chunk, strict=True)]
-    return build_layout(prompts, rows, pad=lm.info.pad_token, device=lm.device)
+    return build_layout(prompts, rows, device=lm.device)
 
 
 def _spec(grpo: GrpoConfig, *, has_reference: bool) -> LossSpec:

@@ -1,0 +1,104 @@
+"""Where the prefixes and rows of groups stand in a packed sequence: the index arithmetic of `group_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+
+from ._checks import bad
+
+
+@dataclass(frozen=True)
+class GroupSpans:
+    """Groups in a packed sequence, one behind the other; each is its prefix and then its rows.
+
+    ``prefix[g]`` tokens of group g's prefix, ``rows[g]`` the lengths of its rows; any of them may be 0.
+
+    Raises:
+        KernelInputError: the tuples differ in length, or a length is negative.
+    """
+
+    prefix: Tuple[int, ...]
+    rows: Tuple[Tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.prefix) != len(self.rows):
+            raise bad("rows", f"{len(self.rows)} groups", f"one entry for each of the {len(self.prefix)} prefixes")
+        least = min((*self.prefix, *(n for group in self.rows for n in group)), default=0)
+        if least < 0:
+            raise bad("spans", least, "lengths of at least 0")
+
+    @staticmethod
+    def of(prefix: Sequence[int], rows: Sequence[Sequence[int]]) -> GroupSpans:
+        """From any sequences of lengths."""
+        return GroupSpans(tuple(int(n) for n in prefix), tuple(tuple(int(n) for n in group) for group in rows))
+
+    @cached_property
+    def row_tokens(self) -> Tuple[int, ...]:
+        """Tokens of each group's rows together."""
+        return tuple(sum(group) for group in self.rows)
+
+    @cached_property
+    def starts(self) -> Tuple[int, ...]:
+        """Where each group begins, and the number of tokens."""
+        return tuple(accumulate((p + r for p, r in zip(self.prefix, self.row_tokens, strict=True)), initial=0))
+
+    @property
+    def tokens(self) -> int:
+        return self.starts[-1]
+
+    @cached_property
+    def segments(self) -> Tuple[int, ...]:
+        """Lengths of all prefixes and rows in packed order: what attends causally within itself."""
+        return tuple(n for p, group in zip(self.prefix, self.rows, strict=True) for n in (p, *group))
+
+    @cached_property
+    def row_starts(self) -> Tuple[Tuple[int, ...], ...]:
+        """Where each row begins, by group."""
+        return tuple(
+            tuple(accumulate(group[:-1], initial=start + p)) if group else ()
+            for start, p, group in zip(self.starts[:-1], self.prefix, self.rows, strict=True)
+        )
+
+    @cached_property
+    def _kept(self) -> Dict[Tuple[str, torch.device], torch.Tensor]:
+        return {}
+
+    def index(self, name: str, values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """``values`` as a tensor on the device, made once for this name."""
+        found = self._kept.get((name, device))
+        if found is None:
+            found = self._kept[name, device] = torch.tensor(values, dtype=dtype).to(device)
+        return found
+
+    def padded_rows(self, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, int]:
+        """Rows that aren't empty as a rectangle: places int64 [rows * R] in the sequence, padding taking the row's
+        first place; the places int64 [n] of real tokens in the rectangle; and R.
+        """
+        places = [s for starts in self.row_starts for s in starts]
+        lengths = [n for group in self.rows for n in group]
+        flat = [(s, n) for s, n in zip(places, lengths, strict=True) if n]
+        widest = max((n for _, n in flat), default=0)
+        if ("places", device) not in self._kept:
+            begin = torch.tensor([s for s, _ in flat], dtype=torch.int64)[:, None]
+            length = torch.tensor([n for _, n in flat], dtype=torch.int64)[:, None]
+            column = torch.arange(widest)
+            inside = column < length
+            self._kept["places", device] = (begin + column * inside).flatten().to(device)
+            self._kept["real", device] = inside.flatten().nonzero()[:, 0].to(device)
+        return self._kept["places", device], self._kept["real", device], widest
+
+    def row_places(self, device: torch.device) -> torch.Tensor:
+        """int64 [n]: the places of all row tokens in the sequence."""
+        values: List[int] = []
+        if ("rows", device) not in self._kept:
+            for start, p, end in zip(self.starts[:-1], self.prefix, self.starts[1:], strict=True):
+                values.extend(range(start + p, end))
+        return self.index("rows", values, torch.int64, device)
+
+
+__all__ = ["GroupSpans"]

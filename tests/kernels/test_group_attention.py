@@ -1,0 +1,134 @@
+"""group_attention against its reference and against replicated rows; every gradient, ragged and empty spans."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vrlt_kernels import GroupSpans, KernelInputError, group_attention, group_attention_ref
+from vrlt_kernels.group_attention import group_attention_bwd, group_attention_fwd
+
+CASES = [
+    GroupSpans.of([5], [[]]),
+    GroupSpans.of([7], [[3, 1, 4]]),
+    GroupSpans.of([6, 1, 40], [[2, 9], [1], [5] * 8]),
+    GroupSpans.of([0, 3], [[4, 2], [0, 3, 0]]),
+    GroupSpans.of([3, 0, 2], [[], [0], []]),
+    GroupSpans.of([300], [[70, 65, 1]]),
+    GroupSpans.of([], []),
+]
+HEADS = [(4, 4), (4, 2), (7, 1), (6, 2)]
+
+
+def tensors(spans, heads, dim, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    hq, hk = heads
+    shapes = [(spans.tokens, h, dim) for h in (hq, hk, hk)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def run(function, inputs, spans, scale=None):
+    out = function(*inputs, spans, scale)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return out, torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True)
+
+
+@pytest.mark.parametrize("spans", CASES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+def test_equals_the_reference(spans, heads, seed):
+    inputs = tensors(spans, heads, 16, seed)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    out, grads = run(group_attention, inputs, spans, 0.3)
+    exact, exact_grads = run(group_attention_ref, doubles, spans, 0.3)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=2e-6)
+    for ours, right in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(ours.double(), right, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_torch(dtype, seed):
+    spans = GroupSpans.of([33, 5], [[7, 20, 1], [4]])
+    inputs = tensors(spans, (6, 2), 32, seed, dtype)
+    exact = run(group_attention_ref, [x.detach().double().requires_grad_() for x in inputs], spans)
+    ours = run(group_attention, inputs, spans)
+    for mine, right in zip((ours[0], *ours[1]), (exact[0], *exact[1]), strict=True):
+        error = (mine.double() - right).norm() / right.norm()
+        assert float(error.detach()) < 3 * torch.finfo(dtype).eps, error
+
+
+def test_equals_replicated_rows(seed):
+    rng = random.Random(seed)
+    spans = GroupSpans.of([9, 4], [[rng.randint(1, 6) for _ in range(3)], [rng.randint(1, 6) for _ in range(2)]])
+    inputs = tensors(spans, (4, 2), 8, seed, torch.float64)
+    out = group_attention(*inputs, spans)
+    for g, (start, prefix) in enumerate(zip(spans.starts, spans.prefix, strict=False)):
+        for begin, length in zip(spans.row_starts[g], spans.rows[g], strict=True):
+            places = [*range(start, start + prefix), *range(begin, begin + length)]
+            q, k, v = (x[places].transpose(0, 1) for x in inputs)
+            alone = F.scaled_dot_product_attention(
+                q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0), is_causal=True
+            )
+            torch.testing.assert_close(out[places], alone.transpose(0, 1), atol=1e-12, rtol=1e-12)
+
+
+def test_gradcheck_and_opcheck(seed):
+    spans = GroupSpans.of([3, 2], [[2, 1], []])
+    inputs = tensors(spans, (2, 1), 4, seed, torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: group_attention(*x, spans), inputs)
+    rest = ([3, 2], [2, 0], [2, 1], 0.5)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(group_attention_fwd, (*inputs, *rest), test_utils=tests)
+    plain = [x.detach() for x in inputs]
+    out, lse = group_attention_fwd(*plain, *rest)
+    torch.library.opcheck(group_attention_bwd, (out, *plain, out, lse, *rest), test_utils=tests[:2])
+
+
+def test_any_stride_of_tokens_and_heads(seed):
+    spans = GroupSpans.of([5, 2], [[3, 3], [1]])
+    q, k, v = (x.detach() for x in tensors(spans, (4, 2), 8, seed))
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    torch.testing.assert_close(group_attention(*strided, spans), group_attention(q, k, v, spans))
+    last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(group_attention(*last, spans), group_attention(q, k, v, spans))
+
+
+def test_large_scores_stay_finite(seed):
+    spans = GroupSpans.of([20], [[5, 5]])
+    inputs = [(x * 100).detach().requires_grad_() for x in tensors(spans, (2, 2), 16, seed)]
+    out, grads = run(group_attention, inputs, spans)
+    assert all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[:-1], k, v), "query: got"),
+        (lambda q, k, v: (q, k[:, :, :4], v), "key: got"),
+        (lambda q, k, v: (q, k, v.double()), "value: got"),
+        (lambda q, k, v: (q, k[:, [0, 1, 1]], v[:, [0, 1, 1]]), "heads that divide"),
+        (lambda q, k, v: (q.int(), k, v), "query: got"),
+        (lambda q, k, v: (None, k, v), "a tensor"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message, seed):
+    spans = GroupSpans.of([4], [[2]])
+    with pytest.raises(KernelInputError, match=message):
+        group_attention(*change(*(x.detach() for x in tensors(spans, (4, 2), 8, seed))), spans)
+
+
+def test_wrong_spans_are_named():
+    with pytest.raises(KernelInputError, match="one entry for each"):
+        GroupSpans.of([1, 2], [[1]])
+    with pytest.raises(KernelInputError, match="at least 0"):
+        GroupSpans.of([1], [[-1]])
+
+
+def test_no_second_derivative(seed):
+    spans = GroupSpans.of([3], [[2]])
+    inputs = tensors(spans, (2, 2), 4, seed)
+    first = torch.autograd.grad(group_attention(*inputs, spans).square().sum(), inputs[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()

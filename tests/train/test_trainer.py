@@ -128,7 +128,7 @@ def test_dry_run_describes_and_writes_nothing(make_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def stage_of(kind, config, reference=True):
+def stage_of(kind, config, reference=True, keep=lambda lines: None):
     inputs = read_inputs(config)
     lm = load_model(config.model, inputs.info)
     loader = ClipLoader(config.video, inputs.info.geometry)
@@ -138,12 +138,12 @@ def stage_of(kind, config, reference=True):
         return SftStage(config, lm, feed, feed.videos(config.sft.batch, 1), optimizer)
     twin = load_model(config.model, inputs.info) if reference else None
     optimizer = make_optimizer(lm, config.optim, config.grpo.lr)
-    return GrpoStage(config, lm, twin, feed, feed.questions(config.rollout.prompts, 1), optimizer)
+    return GrpoStage(config, lm, twin, feed, feed.questions(config.rollout.prompts, 1), optimizer, keep)
 
 
 def test_sft_steps_lower_the_loss(make_config):
     stage = stage_of("sft", make_config(sft={"steps": 100, "batch": 12}, optim={"warmup": 0}))
-    losses = [stage.step(step)[0]["loss"] for step in (1, 2, 3, 4)]
+    losses = [stage.step(step)["loss"] for step in (1, 2, 3, 4)]
     assert losses[0] == pytest.approx(math.log(768), abs=0.5)
     assert losses[-1] < losses[0] - 0.3
 
@@ -155,17 +155,21 @@ def test_only_a_second_update_leaves_the_rollout_policy(make_config, updates):
     stage = stage_of("grpo", make_config(grpo=grpo, reward=reward, rollout={"group_size": 6, "prompts": 4}), False)
     # an untrained model earns nothing: rewards that differ are what is needed here
     stage._reward = lambda response, sample: {"format": float(len(response.text) % 2)}
-    record, _ = stage.step(1)
+    record = stage.step(1)
     assert record["reward_std"] > 0
+    assert record["mismatch"]["max"] < 1e-4
+    assert (record["clips_encoded"], record["prefills"]) == (4, 4)
     assert (record["clip_share"] > 0) is (updates == 2)
 
 
 def test_shuffled_rewards_are_the_same_rewards(make_config):
     found = {}
     for shuffle in (False, True):
-        stage = stage_of("grpo", make_config(reward={"shuffle": shuffle}, rollout={"group_size": 6, "prompts": 4}))
+        config = make_config(reward={"shuffle": shuffle}, rollout={"group_size": 6, "prompts": 4})
+        found[shuffle] = []
+        stage = stage_of("grpo", config, keep=found[shuffle].extend)
         stage._reward = lambda response, sample: {"format": float(sum(map(ord, response.text)) % 7)}
-        found[shuffle] = stage.step(1)[1]
+        stage.step(1)
     plain, shuffled = found[False], found[True]
     assert [c["response"] for c in plain] == [c["response"] for c in shuffled]
     assert [c["reward"] for c in plain] != [c["reward"] for c in shuffled]
@@ -179,5 +183,5 @@ def test_learning_rate_of_grpo_follows_its_schedule(make_config, schedule, last)
     stage = stage_of(
         "grpo", make_config(grpo={"schedule": schedule, "lr": 1e-6, "steps": 9}, optim={"warmup": 0}), False
     )
-    assert stage.step(9)[0]["lr"] == pytest.approx(last * 1e-6)
+    assert stage.step(9)["lr"] == pytest.approx(last * 1e-6)
     assert all(group["lr"] == pytest.approx(last * 1e-6) for group in stage.optimizer.param_groups)

@@ -151,6 +151,8 @@ def step_line(record: dict[str, Any], eta: float) -> str:
     trained, logical = number(record.get("tokens_trained")), number(record.get("tokens_logical"))
     if trained and logical:
         fields.append(f"shared {logical / trained:.1f}x")
+    if (gap := number((record.get("mismatch") or {}).get("max"))) is not None:
+        fields.append(f"mismatch {gap:.0e}")
     if record.get("zero_signal_groups"):
         fields.append(f"zero-signal {record['zero_signal_groups']}")
     if record.get("failed_videos"):

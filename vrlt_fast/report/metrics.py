@@ -87,7 +87,7 @@ class RunLog:
         self._append("eval", record)
 
     def completions(self, records: Iterable[Record]) -> None:
-        """The responses of one step, one line each, in one write."""
+        """Responses, one line each, in one write."""
         lines = b"".join(map(_line, records))
         if lines:
             self._completions.append(lines)

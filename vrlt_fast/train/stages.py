@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter, process_time
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
 from vrlt_fast.rollout.engine import GroupEngine
-from vrlt_fast.rollout.group import RolloutRequest, RolloutStats
+from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr
@@ -31,8 +31,8 @@ class Stage(Protocol):
     stream: BatchStream
     optimizer: MasterAdamW
 
-    def step(self, step: int) -> tuple[Record, list[Record]]:
-        """One optimizer step (from 1): the train record and the records of completions.jsonl."""
+    def step(self, step: int) -> Record:
+        """One optimizer step (from 1): the train record."""
         ...
 
 
@@ -64,7 +64,7 @@ class SftStage:
     def __init__(self, config: Config, lm: VideoLM, feed: Feed, stream: BatchStream, optimizer: MasterAdamW):
         self.config, self.lm, self.feed, self.stream, self.optimizer = config, lm, feed, stream, optimizer
 
-    def step(self, step: int) -> tuple[Record, list[Record]]:
+    def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
         sft = config.sft
         with clock.phase("decode"):
@@ -80,7 +80,7 @@ class SftStage:
                 norm = apply_step(self.lm, self.optimizer, loss.answers, lr, config.optim.grad_clip)
             record |= {"narration": loss.captions} if told else {}
             record |= {"loss": loss.answers, "grad_norm": norm, "tokens_s": loss.tokens / clock.seconds}
-        return record | clock.record(), []
+        return record | clock.record()
 
     def _narrations(self, prompts: Sequence[Prompt]) -> list[Narration]:
         """The captions of the step's videos, once each; nothing where no sample has a timeline."""
@@ -89,7 +89,10 @@ class SftStage:
 
 
 class GrpoStage:
-    """Group rollouts, the dual reward, and the clipped update against a frozen reference."""
+    """Group rollouts, the dual reward, and the clipped update against a frozen reference.
+
+    ``keep`` takes the lines of completions.jsonl of each group as soon as its last response has ended.
+    """
 
     def __init__(
         self,
@@ -99,30 +102,44 @@ class GrpoStage:
         feed: Feed,
         stream: BatchStream,
         optimizer: MasterAdamW,
+        keep: Callable[[list[Record]], None],
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
-        self.stream, self.optimizer = stream, optimizer
+        self.stream, self.optimizer, self._keep = stream, optimizer, keep
         self._engine = GroupEngine(lm, config.rollout)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
-    def step(self, step: int) -> tuple[Record, list[Record]]:
+    def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
         with clock.phase("decode"):
             prompts = self.feed.next(self.stream)
         lr = SCHEDULES[config.grpo.schedule](step, config.grpo.steps, config.grpo.lr, config.optim.warmup)
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
-            return record | clock.record(), []
-        groups, rolled = self._engine.generate(self._requests(prompts, step))
-        clock.phases |= rolled.seconds
-        with clock.phase("reward"):
-            scored = score_groups(groups, self._reward, unshaped, self._weights, config.grpo)
-            if config.reward.shuffle:
-                scored = self._shuffled(scored, step)
+            return record | clock.record()
+        scored, rolled = self._rollout(self._requests(prompts, step), step, clock)
         stats, norm = self._update(scored, lr, clock)
         record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
-        return record, completion_records(scored, step)
+        return record
+
+    def _rollout(
+        self, requests: Sequence[RolloutRequest], step: int, clock: Clock
+    ) -> tuple[list[ScoredGroup], RolloutStats]:
+        """Scored groups in the order of the requests; each is scored and written down as soon as it is complete."""
+        scored: dict[int, ScoredGroup] = {}
+
+        def finish(group: Group) -> None:
+            with clock.phase("reward"):
+                (one,) = score_groups([group], self._reward, unshaped, self._weights, self.config.grpo)
+                one = self._shuffled(one, step) if self.config.reward.shuffle else one
+                scored[id(group.request)] = one
+                self._keep(completion_records([one], step))
+
+        _, rolled = self._engine.generate(requests, finish)
+        clock.phases |= rolled.seconds
+        clock.phases["generate"] -= clock.phases["reward"]
+        return [scored[id(request)] for request in requests], rolled
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         rollout = self.config.rollout
@@ -132,11 +149,12 @@ class GrpoStage:
         base = (self.config.train.seed * 1_000_003 + step) * 10_007
         return [RolloutRequest(p, rollout.group_size, sampling, base + i) for i, p in enumerate(prompts)]
 
-    def _shuffled(self, scored: list[ScoredGroup], step: int) -> list[ScoredGroup]:
+    def _shuffled(self, scored: ScoredGroup, step: int) -> ScoredGroup:
         """The control of ``reward.shuffle``: the group's rewards in a random order, which keeps their distribution."""
-        rng = random.Random(f"shuffle-{self.config.train.seed}-{step}")
-        rewards = [rng.sample(s.rewards, len(s.rewards)) for s in scored]
-        return with_rewards([s.group for s in scored], [s.parts for s in scored], rewards, self.config.grpo)
+        rng = random.Random(f"shuffle-{self.config.train.seed}-{step}-{scored.group.request.seed}")
+        rewards = rng.sample(scored.rewards, len(scored.rewards))
+        (shuffled,) = with_rewards([scored.group], [scored.parts], [rewards], self.config.grpo)
+        return shuffled
 
     def _update(self, scored: Sequence[ScoredGroup], lr: float, clock: Clock) -> tuple[UpdateStats, float]:
         """All optimizer steps on one rollout; returns the counters of the last one."""
@@ -146,13 +164,15 @@ class GrpoStage:
         old = None
         if config.grpo.updates > 1:
             old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows)
-        reference_seconds = 0.0
+        reference_seconds, mismatch = 0.0, None
         for _ in range(config.grpo.updates):
             stats = grpo_backward(
                 self.lm, self.reference, scored, config.grpo, temperature=temperature, micro_rows=micro_rows, old=old
             )
             norm = apply_step(self.lm, self.optimizer, stats.loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds
+            mismatch = mismatch or stats.mismatch  # of the weights that rolled out
+            stats.mismatch = mismatch
         clock.phases["reference"] = reference_seconds
         clock.phases["update"] = perf_counter() - begin - reference_seconds
         return stats, norm
@@ -179,6 +199,11 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
         "zero_signal_groups": sum(not s.has_signal for s in scored),
         "frames_encoded": rolled.frames_encoded,
         "prefix_tokens_prefilled": rolled.prefix_tokens_prefilled,
+        "clips_encoded": rolled.clips_encoded,
+        "prefills": rolled.prefills,
+        "prefix_tokens_read": rolled.prefix_tokens_read,
+        "tokens_generated": rolled.tokens_generated,
+        "mismatch": stats.mismatch.record(),
         "tokens_trained": stats.tokens_trained,
         "tokens_logical": stats.tokens_logical,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from time import perf_counter
 
@@ -16,6 +16,7 @@ from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.vision import shared_vision
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
 from vrlt_fast.rollout.group import Group
+from vrlt_fast.train.mismatch import Mismatch
 from vrlt_kernels import LossSpec, group_advantages, policy_loss
 
 
@@ -45,6 +46,7 @@ class UpdateStats:
     tokens_trained: int = 0
     tokens_logical: int = 0
     reference_seconds: float = 0.0
+    mismatch: Mismatch = field(default_factory=Mismatch)
 
 
 def score_groups(
@@ -110,6 +112,7 @@ def grpo_backward(
                 ref_logp, _ = target_logprobs(reference, layout, ref_vision, temperature)
         stats.reference_seconds += perf_counter() - begin
         logp, entropy = target_logprobs(lm, layout, vision, temperature)
+        stats.mismatch.add(torch.cat([c.logprobs for s in chunk for c in s.group.completions]), logp)
         out = policy_loss(
             logp,
             layout.target_offsets,

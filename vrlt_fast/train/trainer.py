@@ -180,9 +180,8 @@ class Trainer:
         with self.console.progress(name, steps, plain=False) as advance:
             advance(first - 1)
             for step in range(first, steps + 1):
-                record, completions = stage.step(step)
+                record = stage.step(step)
                 record |= {"failed_videos": self.feed.failed, "peak_gb": peak_gb()}
-                self.log.completions(completions)
                 self.log.train(record)
                 self.console.step(record)
                 advance(1)
@@ -198,7 +197,7 @@ class Trainer:
             return SftStage(config, self.lm, self.feed, self.feed.videos(config.sft.batch, seed), optimizer)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
         stream = self.feed.questions(config.rollout.prompts, seed)
-        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer)
+        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, self.log.completions)
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder."""

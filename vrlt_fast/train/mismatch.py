@@ -1,0 +1,39 @@
+"""How far the log-probs of the rollout are from those of the update, token by token: they are meant to be the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LOW, HIGH = 0.8, 1.25
+
+
+@dataclass
+class Mismatch:
+    """Sums over tokens of d = logp_train - logp_rollout, in nats."""
+
+    tokens: int = 0
+    total: float = 0.0
+    most: float = 0.0
+    k3: float = 0.0
+    outside: int = 0
+
+    def add(self, rollout: torch.Tensor, train: torch.Tensor) -> None:
+        """Take the log-probs [n] of some tokens in."""
+        gap = (train.detach().double() - rollout.to(train.device).double()).cpu()
+        if not len(gap):
+            return
+        self.tokens += len(gap)
+        self.total += float(gap.abs().sum())
+        self.most = max(self.most, float(gap.abs().max()))
+        ratio = gap.exp()
+        self.k3 += float((ratio - 1 - gap).sum())
+        self.outside += int(((ratio < LOW) | (ratio > HIGH)).sum())
+
+    def record(self) -> dict[str, float]:
+        """``mean`` and ``max`` |d|, the k3 estimate ``kl`` of KL(rollout || train), and the share ``outside`` of the
+        ratios exp(d) that are not in [0.8, 1.25].
+        """
+        n = max(self.tokens, 1)
+        return {"mean": self.total / n, "max": self.most, "kl": self.k3 / n, "outside": self.outside / n}

@@ -69,8 +69,9 @@ class EmbeddingCache:
     """Keeps entries: tuples of tensors [n, ...] of one leading length. What comes back equals what was put, bit by bit.
 
     A new entry goes to the GPU, else to host memory; what the GPU evicts goes to host memory. On disk is everything
-    that fits there. An entry that is found is taken to the fastest tier. Nothing that goes wrong raises: it is a miss.
-    Safe to use from several threads, of one CUDA stream.
+    that fits there. An entry that is found is taken to the fastest tier. What goes wrong in a tier is a miss and never
+    raises; only a device without memory for what comes back does. Safe to use from several threads, of one
+    CUDA stream.
 
     Tensors that come back may be the cache's own: they are to be read only. An entry that was written to in place is
     dropped when it is asked for next (not when it was written to past torch, through ``numpy()`` or a raw pointer).

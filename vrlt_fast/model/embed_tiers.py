@@ -160,7 +160,7 @@ class PageTier(_Tier):
                 x.record_stream(self._stream)
         else:
             self._stream.synchronize()  # the CPU writes at once
-            _copy(tensors, pages, to_pages=True)
+            _copy(tuple(x.cpu() for x in tensors), pages, to_pages=True)
         return pages, [(x.dtype, x.shape) for x in tensors]
 
     def _load(self, content: Any) -> Tensors | None:

@@ -137,6 +137,17 @@ class RolloutConfig(_Section):
     """Prompt tokens in one pass of the prefill."""
 
 
+class EmbedCacheConfig(_Section):
+    gpu_gb: Annotated[float, Field(ge=0.0)] = 1.0
+    """GPU memory for the vision tower's embeddings, in GB (10^9 bytes); 0: none. A trained tower's last one step."""
+    host_gb: Annotated[float, Field(ge=0.0)] = 4.0
+    """Host memory for embeddings (page-locked where there is a GPU), in GB; 0: none."""
+    disk_gb: Annotated[float, Field(ge=0.0)] = 0.0
+    """Size of the folder of embeddings, in GB; 0: none. A trained tower's are never written."""
+    folder: str = ""
+    """Folder on a local disk that keeps embeddings between runs; empty: one in the run folder."""
+
+
 class RewardConfig(_Section):
     semantic: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the discrete part: the option is right."""
@@ -231,6 +242,7 @@ class Config(_Section):
     prompt: PromptConfig = PromptConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
+    embed_cache: EmbedCacheConfig = EmbedCacheConfig()
     reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()

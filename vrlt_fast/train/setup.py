@@ -36,7 +36,7 @@ from vrlt_fast.video.sampling import TUBELET, choose, settings_of
 PROBED = 2000
 """Training videos that are opened before the run; `vrlt data check` opens all."""
 RESOLVED = "config.resolved.toml"
-FREE_TO_CHANGE = {"log", "checkpoint", "eval"}
+FREE_TO_CHANGE = {"log", "checkpoint", "eval", "embed_cache"}
 FREE_KEYS = {
     f"video.{key}"
     for key in VideoConfig.model_fields
@@ -177,11 +177,13 @@ def with_absolute_paths(config: Config) -> Config:
     }
     model = str(Path(config.model.name).absolute()) if Path(config.model.name).is_dir() else config.model.name
     keep = str(Path(config.video.cache_dir).absolute()) if config.video.cache_dir else ""
+    embeds = str(Path(config.embed_cache.folder).absolute()) if config.embed_cache.folder else ""
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
             "video": config.video.model_copy(update={"cache_dir": keep}),
             "model": config.model.model_copy(update={"name": model}),
+            "embed_cache": config.embed_cache.model_copy(update={"folder": embeds}),
             "train": config.train.model_copy(update={"out": str(Path(config.train.out).absolute())}),
         }
     )
@@ -228,7 +230,7 @@ def open_run_folder(config: Config) -> Path:
     """The folder of a run to resume.
 
     Raises:
-        SetupError: K02 nothing to resume, K03 the configuration differs in more than log, checkpoint and eval.
+        SetupError: K02 nothing to resume, K03 the configuration differs in more than may change.
     """
     out = Path(config.train.out)
     if not (out / RESOLVED).is_file():

@@ -29,6 +29,8 @@ Pixels = Callable[[VideoIndex], str]
 _REQUESTS = 256
 HORIZON = 16384
 """Uses ahead that eviction knows of."""
+INEXACT = "-inexact"
+"""End of the key of a clip whose patches may differ from those of another clip of this key."""
 
 
 class _Changed(Exception):
@@ -156,7 +158,7 @@ class ClipLoader:
             self.decoded += fetched.fresh > 0
             self.hits += fetched.fresh == 0
         grid = (len(run.ticks), run.height, run.width)
-        key = run.name if fetched.exact else f"{run.name}-inexact"  # equal keys, equal patches
+        key = run.name if fetched.exact else run.name + INEXACT  # equal keys, equal patches
         clip = Clip(fetched.patches, grid, request.times, request.seconds_per_grid, key, self.geometry)
         if fetched.exact:
             self._clips[run.name] = clip

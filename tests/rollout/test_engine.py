@@ -3,37 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vrlt_fast.config import ModelConfig, PromptConfig, VideoConfig
-from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.errors import ConfigError
 from vrlt_fast.model.language import target_hidden
 from vrlt_fast.model.layout import build_layout, response_row
-from vrlt_fast.model.load import load_model
-from vrlt_fast.model.prompt import encode_prompt
 from vrlt_fast.model.vision import shared_vision
 from vrlt_fast.rollout.engine import generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
-from vrlt_fast.video.cache import ClipLoader
 from vrlt_kernels import token_logprob_ref
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_folder):
-    lm = load_model(ModelConfig(name=str(tiny_folder), dtype="float32", device="cpu"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in lm.module.parameters():
-            p.mul_(1.5)  # sharper distributions than a fresh initialisation has
-    return lm
-
-
-@pytest.fixture(scope="module")
-def prompts(lm, demo):
-    loader = ClipLoader(VideoConfig(sampling="fps", fps=2, min_pixels=784, max_pixels=4704), lm.info.geometry)
-    samples = read_jsonl(demo / "train.jsonl")[:4]
-    prompt = PromptConfig(video_layout="interleaved", think=False)
-    return [encode_prompt(lm.info, s, loader.load(resolve_video(s, demo)), prompt) for s in samples]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])

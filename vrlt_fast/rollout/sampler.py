@@ -81,4 +81,5 @@ def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         logprobs = logprobs.cpu()  # CUDA has no deterministic cumsum
     cumulated = logprobs.double().exp().cumsum(dim=-1)
     target = uniform.to(cumulated.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].to(uniform.device)
+    found = torch.searchsorted(cumulated, target, right=True)[:, 0]
+    return found.clamp(max=logprobs.shape[1] - 1).to(uniform.device)  # a row of NaN: the caller looks at its log-prob

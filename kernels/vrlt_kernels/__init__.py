@@ -7,6 +7,7 @@ first operator that runs on it.
 from ._checks import KernelInputError
 from ._launch import availability, report, use_backend
 from .group_advantage import group_advantages, group_advantages_ref
+from .group_decode import group_decode, group_decode_ref
 from .grpo_loss import GrpoLoss, grpo_loss, grpo_loss_ref
 from .linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_ref
 from .linear_logprob import linear_logprob, linear_logprob_ref
@@ -29,6 +30,8 @@ __all__ = [
     "availability",
     "group_advantages",
     "group_advantages_ref",
+    "group_decode",
+    "group_decode_ref",
     "grpo_loss",
     "grpo_loss_ref",
     "linear_grpo_loss",

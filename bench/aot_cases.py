@@ -120,7 +120,11 @@ def _decodes() -> Iterator[Case]:
     for dtype, queries, shared, dim, rows in wanted:
         prefix, suffix = (torch.zeros(*size, shared, dim, dtype=dtype) for size in ((4096,), (rows, 1024)))
         ints = torch.zeros(rows, dtype=torch.int64)
-        layout = {"slots": ints, "suffix_length": ints, "row_offsets": torch.tensor([0, rows], dtype=torch.int32)}
+        layout: dict[str, Any] = {
+            "slots": ints,
+            "suffix_length": ints,
+            "row_offsets": torch.tensor([0, rows], dtype=torch.int32),
+        }
         layout |= {"prefix_start": ints[:1], "prefix_length": ints[:1]}
         query = torch.zeros(rows, queries, dim, dtype=dtype)
         label = f"{str(dtype).removeprefix('torch.')}, {queries}/{shared} heads of {dim}, {rows} rows"

@@ -144,12 +144,12 @@ def _scale(scale: Optional[float], x: Arguments) -> float:
     return float(scale)
 
 
-def _capacity(name: str, value: Optional[int], most: int) -> int:
+def _capacity(name: str, value: Optional[int], default: int) -> int:
     if value is None:
-        return most
+        return default
     if not isinstance(value, int) or value < 1:
         raise bad(name, repr(value), "a whole number above 0")
-    return min(value, most)
+    return value
 
 
 def _checked(

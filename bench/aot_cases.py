@@ -19,6 +19,7 @@ def cases() -> Iterator[Case]:
     yield from _advantages()
     yield from _policies()
     yield from _patches()
+    yield from _decodes()
 
 
 def _logits(dtype: torch.dtype, rows: int = 8, vocab: int = VOCAB) -> torch.Tensor:
@@ -106,3 +107,25 @@ def _patches() -> Iterator[Case]:
     yield "14, turned, float32", partial(patchify, rgb, size, rotation=90, normalize=norm["normalize"])
     yield "14, nv12, turned", partial(patchify, nv12, size, rotation=270)
     yield "14, upside down", partial(patchify, rgb, (56, 84), rotation=180)
+
+
+def _decodes() -> Iterator[Case]:
+    """Query heads, KV heads and head dimensions of real models, with groups that make small tiles and large ones."""
+    from vrlt_kernels.group_decode import group_decode
+
+    half = ((28, 4, 128, 8), (28, 4, 128, 16), (16, 8, 128, 8), (16, 8, 128, 16), (12, 2, 64, 8), (16, 16, 80, 8),
+            (8, 4, 256, 16))  # fmt: skip
+    wanted = [(torch.bfloat16, *heads) for heads in half]
+    wanted += [(torch.float16, *half[0]), (torch.float32, *half[0]), (torch.float32, 6, 2, 16, 8)]
+    for dtype, queries, shared, dim, rows in wanted:
+        prefix, suffix = (torch.zeros(*size, shared, dim, dtype=dtype) for size in ((4096,), (rows, 1024)))
+        ints = torch.zeros(rows, dtype=torch.int64)
+        layout: dict[str, Any] = {
+            "slots": ints,
+            "suffix_length": ints,
+            "row_offsets": torch.tensor([0, rows], dtype=torch.int32),
+        }
+        layout |= {"prefix_start": ints[:1], "prefix_length": ints[:1]}
+        query = torch.zeros(rows, queries, dim, dtype=dtype)
+        label = f"{str(dtype).removeprefix('torch.')}, {queries}/{shared} heads of {dim}, {rows} rows"
+        yield label, partial(group_decode, query, prefix, prefix, suffix, suffix, **layout)

@@ -40,6 +40,13 @@ def linear(n):
             vk.linear_grpo_loss(hidden, weight, target, cu, spec, **options, **given).loss.backward()
             vk.linear_token_weight(hidden, weight, cu, (2, 4)[n % 2], **options)
 
+def decode(n):
+    prefix, suffix = torch.zeros(20 * n, 2, 64), torch.zeros(2 * n, n, 2, 64)
+    ints = torch.zeros(2 * n, dtype=torch.int64)
+    layout = {"prefix_start": ints[1:n], "prefix_length": ints[2:n + 1], "row_offsets": ints[:n]}
+    layout |= {"slots": ints[n % 2:][:n], "suffix_length": ints[:n]}
+    vk.group_decode(torch.zeros(n, 6, 64), prefix, prefix, suffix, suffix, **layout, max_group=4, max_prefix=300 * n)
+
 def everything(n):
     cu = torch.tensor([0, n // 2, 2 * n, 4 * n - 1, 4 * n])
     logits = torch.zeros(4 * n, 1000, dtype=torch.bfloat16, requires_grad=True)
@@ -52,6 +59,7 @@ def everything(n):
     given |= {"rewards": rewards, "groups": (2, 4)[n % 2], "adv_eps": 0.1 * n}
     vk.policy_loss(out.logp, cu, spec, entropy=out.entropy, **given).loss.backward()
     vk.grpo_loss(logits, target, cu, spec, temperature=0.1 * n, **given).loss.backward()
+    decode(n)
     if n < 15:
         linear(n)
 
@@ -99,7 +107,7 @@ def test_with_the_oldest_triton(tmp_path: Path) -> None:
 def test_a_new_length_or_number_compiles_nothing() -> None:
     first, later = in_subprocess(["-c", LENGTHS])
     assert {name.partition(".")[0] for name in first} == {
-        "_rows_triton", "group_advantage_triton", "policy_triton", "token_weight_triton"
+        "_rows_triton", "group_advantage_triton", "group_decode_triton", "policy_triton", "token_weight_triton"
     }  # fmt: skip
     assert later == []
 

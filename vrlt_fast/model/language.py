@@ -12,6 +12,7 @@ import torch
 
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.vision import VisionEmbeds
 from vrlt_kernels import TokenLogprob, linear_logprob
 
 LOGITS = 2**27
@@ -49,14 +50,25 @@ class Extension:
 
 
 def run_text(
-    lm: VideoLM, embeds: torch.Tensor, positions: torch.Tensor, cache: object, mask: torch.Tensor | None
+    lm: VideoLM,
+    embeds: torch.Tensor,
+    positions: torch.Tensor,
+    cache: object,
+    mask: torch.Tensor | None,
+    **deepstack: object,
 ) -> torch.Tensor:
     """Hidden states [B, T, hidden] after the final norm. ``mask`` bool [B, 1, T, keys]; None: causal."""
+    attention_mask: object = {"full_attention": mask}
+    if lm.info.family == "qwen3_vl":  # takes one mask; without one it asks the cache for lengths
+        width = embeds.shape[1]
+        causal = torch.ones(1, 1, width, width, dtype=torch.bool, device=embeds.device).tril()
+        attention_mask = causal if mask is None else mask
     out = lm.module.model.language_model(
         inputs_embeds=embeds,
         position_ids=positions,
-        attention_mask={"full_attention": mask},
+        attention_mask=attention_mask,
         use_cache=False,
+        **deepstack,
         **{_cache_argument(type(lm.module.model.language_model).forward): cache},
     )
     hidden: torch.Tensor = out.last_hidden_state
@@ -69,21 +81,31 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
-def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
-    """Input embeddings [P, L, hidden] with the clips' embeddings put in by place, never by token id."""
+def embed_prompts(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds) -> torch.Tensor:
+    """Input embeddings [P, L, hidden] with the media's embeddings put in by place, never by token id."""
     embeds = lm.module.get_input_embeddings()(layout.ids)
-    flat = embeds.flatten(0, 1).index_copy(0, layout.visual, vision.to(embeds.dtype))
+    flat = embeds.flatten(0, 1).index_copy(0, layout.visual, vision.embeds.to(embeds.dtype))
     stacked: torch.Tensor = flat.view_as(embeds)
     return stacked
 
 
-def prefill(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tuple[torch.Tensor, KeyValues]:
-    """One pass over the prompts. Returns the hidden state [P, hidden] of each prompt's last token, and the prefix KV.
+def run_prompts(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds, cache: KeyValues) -> torch.Tensor:
+    """Hidden states [P, L, hidden] of the prompts, whose keys and values go to ``cache``.
 
     Padding stands on the right, so the causal mask alone keeps it out.
     """
+    extra: dict[str, object] = {}
+    if vision.deepstack:
+        visual = torch.zeros(layout.ids.numel(), dtype=torch.bool, device=layout.ids.device)
+        visual[layout.visual] = True
+        extra = {"visual_pos_masks": visual.view_as(layout.ids), "deepstack_visual_embeds": list(vision.deepstack)}
+    return run_text(lm, embed_prompts(lm, layout, vision), layout.positions, cache, None, **extra)
+
+
+def prefill(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds) -> tuple[torch.Tensor, KeyValues]:
+    """One pass over the prompts: the hidden state [P, hidden] of each prompt's last token, and the prefix KV."""
     cache = KeyValues()
-    hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, cache, None)
+    hidden = run_prompts(lm, layout, vision, cache)
     return hidden[torch.arange(len(hidden), device=hidden.device), layout.lengths - 1], cache
 
 
@@ -98,7 +120,7 @@ def row_mask(layout: GroupLayout, queries: int) -> torch.Tensor:
     )
 
 
-def target_hidden(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+def target_hidden(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds) -> torch.Tensor:
     """Hidden states [N, hidden] that predict every target token, rows in order; N as in ``layout.targets``.
 
     The prefix runs once a group; its keys and values, and its last hidden state, feed all rows, with gradients.
@@ -116,7 +138,7 @@ def target_hidden(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tor
 
 
 def target_logprobs(
-    lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, temperature: float = 1.0
+    lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs fp32 [N] of the target tokens, with gradients, and entropies [N] in nats, without.
 
@@ -133,9 +155,9 @@ def _score(lm: VideoLM, hidden: torch.Tensor, targets: torch.Tensor, temperature
     return linear_logprob(hidden, head.weight, targets, temperature, bias=head.bias, budget_bytes=budget)
 
 
-def prefix_logprobs(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def prefix_logprobs(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds, places: torch.Tensor) -> torch.Tensor:
     """Log-probs fp32 [n], with gradients, of the prefix tokens at ``places`` (int64 [n] in [P * L], none first in its
     row).
     """
-    hidden = run_text(lm, embed_prompts(lm, layout, vision), layout.positions, KeyValues(), None).flatten(0, 1)
+    hidden = run_prompts(lm, layout, vision, KeyValues()).flatten(0, 1)
     return _score(lm, hidden[places - 1], layout.ids.flatten()[places], 1.0).logp

@@ -32,7 +32,7 @@ def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Grou
     layout = build_layout(prompts, rows, pad=lm.info.pad_token, device=lm.device)
     after = torch.tensor([p.next_position for p in prompts], device=lm.device)[layout.group]
     start = perf_counter()
-    unique = list({p.clip.key: p.clip for p in prompts}.values())
+    unique = list({clip.key: clip for p in prompts for clip in p.media}.values())
     vision = shared_vision(lm, prompts)
     encoded = perf_counter()
     last, prefix = prefill(lm, layout, vision)

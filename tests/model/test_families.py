@@ -12,13 +12,16 @@ import torch
 from vrlt_fast.config import ModelConfig, PromptConfig
 from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.errors import DataError, SetupError
-from vrlt_fast.model.language import target_hidden
+from vrlt_fast.model.language import target_hidden, target_logprobs
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import MODELS, load_model
 from vrlt_fast.model.positions import mrope_positions
 from vrlt_fast.model.prompt import IMAGE_SLOT, SLOT, encode_media, encode_prompt, render
 from vrlt_fast.model.tiny import build_tiny
 from vrlt_fast.model.vision import VisionEmbeds, concat, encode_clips, normalise, shared_vision
+from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.group import RolloutRequest
+from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.preprocess import Clip
 
 PROMPT = PromptConfig(think=False)
@@ -178,6 +181,19 @@ def test_logits_and_gradients_are_those_of_transformers(lm, theirs, sample, clip
         scale = grad.abs().max().clamp(min=1e-3)
         assert float((mine[name] - grad).abs().max() / scale) < 1e-4, name
     assert all(grad.any() for name, grad in mine.items() if "merger" in name)
+
+
+def test_rollouts_have_the_log_probs_that_are_trained_on(lm, sample, clips):
+    prompts = prompts_of(lm, sample, clips)
+    groups, stats = generate(lm, [RolloutRequest(p, 2, Sampling(5, 1.0), seed=i) for i, p in enumerate(prompts)])
+    rows = [[response_row(g.request.prompt, c.tokens) for c in g.completions] for g in groups]
+    layout = build_layout(prompts, rows, pad=lm.info.pad_token)
+    with torch.no_grad():
+        scored, _ = target_logprobs(lm, layout, shared_vision(lm, prompts))
+    torch.testing.assert_close(
+        torch.cat([c.logprobs for g in groups for c in g.completions]), scored, atol=1e-4, rtol=0
+    )
+    assert stats.frames_encoded == 8 + 2 + 2
 
 
 def test_a_clip_that_stands_twice_is_encoded_once(lm, sample, clips, monkeypatch):

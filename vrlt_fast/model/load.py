@@ -153,7 +153,7 @@ def _local_folder(name: str) -> Path:
 
 def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
     known = tokenizer.get_vocab()
-    missing = [t for t in ("<|im_end|>", *VISUAL_TOKENS[:3]) if t not in known]
+    missing = [t for t in ("<|im_end|>", *VISUAL_TOKENS[:4]) if t not in known]
     if missing or tokenizer.chat_template is None:
         lack = f"token {missing[0]}" if missing else "chat template"
         raise _problem(

@@ -59,6 +59,10 @@ class VideoConfig(_Section):
     """Fewest pixels of one frame after resizing (100352 = 128 tokens of 28 x 28)."""
     max_pixels: Positive = 151_200
     """Most pixels of one frame after resizing."""
+    image_min_pixels: Positive = 3_136
+    """Fewest pixels of an image of the prompt after resizing (3136 = 4 tokens of 28 x 28)."""
+    image_max_pixels: Positive = 1_003_520
+    """Most pixels of an image of the prompt after resizing (1003520 = 1280 tokens of 28 x 28)."""
     decoder: Literal["auto", "dali", "torchcodec-cuda", "pyav", "torchcodec", "decord"] = "auto"
     """What decodes; auto: the first of this order that runs here (`vrlt doctor`) and can take the file."""
     workers: Annotated[int, Field(ge=-1)] = -1
@@ -86,12 +90,19 @@ class VideoConfig(_Section):
             raise ValueError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.image_min_pixels > self.image_max_pixels:
+            least, most = self.image_min_pixels, self.image_max_pixels
+            raise ValueError(f"image_min_pixels {least} is above image_max_pixels {most}")
         return self
 
 
 class PromptConfig(_Section):
     video_layout: Literal["native", "interleaved"] = "native"
-    """native: one block of video tokens, as Qwen2.5-VL was released; interleaved: timestamps between frame pairs."""
+    """native: as the family was released: one block of video tokens, or with Qwen3-VL timestamps before frame pairs;
+    interleaved: those timestamps for every family.
+    """
+    images: bool = True
+    """Show the samples' images, before the video."""
     think: bool = True
     """Ask for reasoning inside think tags before the answer, and reward the tags."""
     system: str = ""

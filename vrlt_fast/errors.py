@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "VRLT-V07": "video holds several timelines",
     "VRLT-V08": "video made the decoder hang or crash",
     "VRLT-V09": "video is on the poisoned list",
+    "VRLT-V10": "image file holds several pictures",
     "VRLT-M01": "model folder missing or without weights",
     "VRLT-M02": "model family not supported",
     "VRLT-M03": "tokenizer lacks what the prompt needs",

@@ -92,8 +92,8 @@ def test_padding_and_neighbours_do_not_change_a_row(lm, prompts):
 def test_a_clip_that_stands_twice_is_encoded_once(lm, prompts):
     double = [prompts[0], prompts[1], prompts[0]]
     with torch.no_grad():
-        once = shared_vision(lm, double)
-        each = encode_clips(lm, [p.clip for p in double])
+        once = shared_vision(lm, double).embeds
+        each = encode_clips(lm, [p.clip for p in double]).embeds
     torch.testing.assert_close(once, each, atol=1e-5, rtol=1e-5)
 
 

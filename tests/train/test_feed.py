@@ -70,6 +70,25 @@ def test_a_bad_video_is_left_out_counted_and_named(make_feed, seed):
     assert all("VRLT-V02" in line and next(iter(bad)) in line for line in lines)
 
 
+def test_images_are_shown_and_a_bad_one_costs_its_sample_only(make_feed, seed):
+    feed, lines, _ = make_feed(data={"max_failed_share": 1.0}, video={"image_max_pixels": 3136})
+    shown = [i for i, s in enumerate(feed.samples) if s.images]
+    bad = feed.samples[shown[0]]
+    (feed._root / bad.images[0]).write_bytes(b"no picture")
+    prompts = feed.next_videos(feed.videos(len({s.video for s in feed.samples}), seed))
+    assert sorted(p.sample.id for p in prompts) == sorted(s.id for s in feed.samples if s != bad)
+    for prompt in prompts:
+        assert [m.kind for m in prompt.media] == ["image"] * len(prompt.sample.images) + ["video"]
+        assert len(prompt.visual) == sum(m.n_tokens for m in prompt.media)
+    assert len(lines) == feed.failed == 1
+    assert "VRLT-V04" in lines[0]
+
+
+def test_images_can_be_left_out(make_feed, seed):
+    feed, _, _ = make_feed(prompt={"images": False})
+    assert all(len(p.media) == 1 for p in feed.next_videos(feed.videos(4, seed)))
+
+
 def test_a_video_counts_once_however_many_questions_it_has(make_feed):
     """Three questions about one bad video are one failed video, not the three that may stop a run."""
     feed, lines, bad = make_feed(1, data={"max_failed_share": 0.0})

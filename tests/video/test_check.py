@@ -103,3 +103,25 @@ def test_a_playlist_is_not_followed(root: Path):
     (root / "list.mp4").write_text("ffconcat version 1.0\nfile http://127.0.0.1/secret.mp4\n")
     report = check_dataset(write(root, video="list.mp4"))
     assert [(p.code, p.where) for p in report.problems] == [("VRLT-V02", "x.jsonl:2")]
+
+
+@pytest.mark.parametrize(("content", "code"), [(b"no picture", "VRLT-V04"), (b"", "VRLT-V02")])
+def test_images_are_opened_too(root: Path, content: bytes, code: str):
+    (root / "good.png").write_bytes((root / "image.mp4").read_bytes())
+    (root / "bad.png").write_bytes(content)
+    assert check_dataset(write(root, images=["good.png", "good.png"])).ok
+    path = write(root, images=["good.png", "bad.png"])
+    path.write_text(path.read_text() + path.read_text().splitlines()[1].replace('"b"', '"c"') + "\n")
+    report = check_dataset(path)
+    assert [(p.code, p.where) for p in report.problems] == [(code, "x.jsonl:2")]
+    assert "bad.png: image" in report.problems[0].what
+    assert "also lines 3" in report.problems[0].what
+    assert report.rejected == {2: (code,), 3: (code,)}
+    assert check_dataset(path, open_videos=False).ok
+
+
+def test_decoding_finds_an_image_that_breaks_off(root: Path):
+    whole = (root / "image.mp4").read_bytes()
+    (root / "cut.png").write_bytes(whole[: len(whole) // 2])
+    video = VideoConfig(min_frames=2, max_frames=2, workers=0)
+    assert [p.code for p in check_dataset(write(root, images=["cut.png"]), decode=video).problems] == ["VRLT-V04"]

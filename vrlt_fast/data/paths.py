@@ -69,12 +69,21 @@ def resolve_video(sample: Sample, root: Path) -> Path:
 
     Raises :class:`DataError` VRLT-D08 when the path, or a symbolic link on it, leads out of ``root``.
     """
-    why = escape_reason(sample.video)
-    path = Path(root) / sample.video
+    return _resolve(sample.video, root, sample.line)
+
+
+def resolve_images(sample: Sample, root: Path) -> tuple[Path, ...]:
+    """Where the images of a sample are, as :func:`resolve_video`."""
+    return tuple(_resolve(image, root, sample.line) for image in sample.images)
+
+
+def _resolve(name: str, root: Path, where: str) -> Path:
+    why = escape_reason(name)
+    path = Path(root) / name
     if not why and not path.resolve().is_relative_to(Path(root).resolve()):
         why = f"a symbolic link leads out of {root}"
     if why:
-        raise DataError(Problem("VRLT-D08", f"path {shorten(sample.video)} is refused", sample.line, why, _FIX))
+        raise DataError(Problem("VRLT-D08", f"path {shorten(name)} is refused", where, why, _FIX))
     return path
 
 

@@ -27,9 +27,10 @@ def user_text(sample: Sample, prompt: PromptConfig) -> str:
     return "\n".join(lines)
 
 
-def messages(sample: Sample, prompt: PromptConfig) -> list[dict[str, object]]:
-    """Chat messages with one video before the text."""
-    content = [{"type": "video"}, {"type": "text", "text": user_text(sample, prompt)}]
+def messages(sample: Sample, prompt: PromptConfig, *, images: int = 0, video: bool = True) -> list[dict[str, object]]:
+    """Chat messages with so many images, then the video, then the text."""
+    content = [{"type": "image"}] * images + [{"type": "video"}] * video
+    content.append({"type": "text", "text": user_text(sample, prompt)})
     user: dict[str, object] = {"role": "user", "content": content}
     return [{"role": "system", "content": prompt.system}, user] if prompt.system else [user]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vrlt_fast.data.fields import Line
-from vrlt_fast.data.paths import Root, resolve_video
+from vrlt_fast.data.paths import Root, resolve_images, resolve_video
 from vrlt_fast.data.quarantine import line_digest
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import DataError, Problem
 
-__all__ = ["AnnotationError", "read_jsonl", "resolve_video", "scan_jsonl", "to_json", "write_jsonl"]
+__all__ = ["AnnotationError", "read_jsonl", "resolve_images", "resolve_video", "scan_jsonl", "to_json", "write_jsonl"]
 
 _SHOWN = 50
 

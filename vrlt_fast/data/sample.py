@@ -35,10 +35,10 @@ class Sample:
     """One question about one video.
 
     ``options`` and ``answer`` (a letter) belong to videoqa and grounded_qa, ``spans`` (seconds, sorted, disjoint) to
-    grounding and grounded_qa. ``images``, ``boxes``, ``object_id`` and ``progress`` (share of an action done, 0..1) are
-    optional ground truth for other rewards; ``reasoning`` is what the warm-up puts between the think tags, ``timeline``
-    what it may learn as captions of the frame pairs. ``line``
-    says where the sample stands: ``train.jsonl:17``.
+    grounding and grounded_qa. ``images`` are shown before the video. ``boxes``, ``object_id`` and ``progress`` (share
+    of an action done, 0..1) are optional ground truth for other rewards; ``reasoning`` is what the warm-up puts between
+    the think tags, ``timeline`` what it may learn as captions of the frame pairs. ``line`` says where the sample
+    stands: ``train.jsonl:17``.
     """
 
     id: str

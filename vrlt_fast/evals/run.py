@@ -10,7 +10,7 @@ from typing import Any
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.quarantine import read_quarantine
-from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.data.readers import read_jsonl, resolve_images, resolve_video
 from vrlt_fast.data.sample import TASKS, Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, VrltError
 from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
@@ -20,6 +20,7 @@ from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips, ClipSource
 
@@ -67,7 +68,7 @@ def evaluate(
     Args:
         temperatures: of the sampled answers, default ``eval.temperature``; the keys of ``metrics`` are "greedy", then
             "sampled" (for the first) and "sampled@T" for further ones.
-        alter: changes each clip first, for example to grey pictures.
+        alter: changes each clip first, videos and images, for example to grey pictures.
         progress: called with the number of questions done since the last call.
     """
     temps = list(temperatures or [config.eval.temperature])
@@ -100,14 +101,17 @@ def _batches(
     alter: Callable[[Clip], Clip] | None,
     failed: list[VrltError],
 ) -> Iterator[list[Prompt]]:
+    loads = ImageLoader(config.video, lm.info.geometry).load
     for start in range(0, len(samples), config.eval.prompts):
         prompts = []
         for sample in samples[start : start + config.eval.prompts]:
             try:
                 clip = loader.load(resolve_video(sample, root))
-                clip = alter(clip) if alter else clip
+                images = [loads(path) for path in resolve_images(sample, root) if config.prompt.images]
+                if alter:
+                    clip, images = alter(clip), [alter(image) for image in images]
                 reserve = config.rollout.max_new_tokens
-                prompts.append(encode_prompt(lm.info, sample, clip, config.prompt, reserve=reserve))
+                prompts.append(encode_prompt(lm.info, sample, clip, config.prompt, images=images, reserve=reserve))
             except DataError as error:
                 failed.append(error)
         if prompts:

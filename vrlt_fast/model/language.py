@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from vrlt_fast.model.attention import Pass
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.vision import VisionEmbeds
 from vrlt_kernels import GroupSpans, TokenLogprob, group_attention, linear_logprob
 
 LOGITS = 2**27
@@ -27,32 +30,74 @@ class GroupPass:
         return group_attention(query, key, value, self.spans, scale)
 
 
-def run_text(lm: VideoLM, embeds: torch.Tensor, positions: torch.Tensor, group_pass: Pass) -> torch.Tensor:
-    """Hidden states [N, hidden] after the final norm, from embeddings [N, hidden] and positions int64 [3, N]."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """N tokens as the language model takes them: ``embeds`` [N, hidden], ``positions`` int64 [3, N]; of a tower with
+    deepstack layers, ``visual`` int64 [n] the ascending places of visual tokens and ``deepstack``, each [n, hidden].
+    """
+
+    embeds: torch.Tensor
+    positions: torch.Tensor
+    visual: torch.Tensor | None = None
+    deepstack: tuple[torch.Tensor, ...] = ()
+
+    def piece(self, start: int, end: int) -> Inputs:
+        """Tokens ``start`` to ``end``."""
+        embeds, positions = self.embeds[start:end], self.positions[:, start:end]
+        if self.visual is None:
+            return Inputs(embeds, positions)
+        low, high = torch.searchsorted(self.visual, torch.tensor([start, end], device=self.visual.device)).tolist()
+        return Inputs(embeds, positions, self.visual[low:high] - start, tuple(d[low:high] for d in self.deepstack))
+
+
+def join(pieces: Sequence[Inputs]) -> Inputs:
+    """Several sequences, one behind the other; at least one."""
+    starts = [0, *accumulate(len(p.embeds) for p in pieces)]
+    places = [p.visual + start for p, start in zip(pieces, starts, strict=False) if p.visual is not None]
+    return Inputs(
+        torch.cat([p.embeds for p in pieces]),
+        torch.cat([p.positions for p in pieces], dim=1),
+        torch.cat(places) if places else None,
+        tuple(torch.cat(level) for level in zip(*(p.deepstack for p in pieces), strict=True)),
+    )
+
+
+def make_inputs(
+    lm: VideoLM, ids: torch.Tensor, positions: torch.Tensor, visual: torch.Tensor, vision: VisionEmbeds
+) -> Inputs:
+    """Token embeddings of ids int64 [N], with the media's embeddings put in by place, never by token id."""
+    embeds: torch.Tensor = lm.module.get_input_embeddings()(ids)
+    embeds = embeds.index_copy(0, visual, vision.embeds.to(embeds.dtype))
+    return Inputs(embeds, positions, visual if vision.deepstack else None, vision.deepstack)
+
+
+def run_text(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:
+    """Hidden states [N, hidden] after the final norm."""
+    more: dict[str, object] = {"attention_mask": {"full_attention": None}}
+    if lm.info.family == "qwen3_vl":  # takes one mask, and makes none for an attention function that is not its own
+        more = {"attention_mask": None}
+    if inputs.visual is not None and len(inputs.visual):
+        seen = torch.zeros(1, len(inputs.embeds), dtype=torch.bool, device=inputs.embeds.device)
+        seen[0, inputs.visual] = True
+        more |= {"visual_pos_masks": seen, "deepstack_visual_embeds": list(inputs.deepstack)}
     out = lm.module.model.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=positions[:, None],
-        attention_mask={"full_attention": None},
+        inputs_embeds=inputs.embeds[None],
+        position_ids=inputs.positions[:, None],
         use_cache=False,
         group_pass=group_pass,
+        **more,
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden
 
 
-def embed_tokens(lm: VideoLM, ids: torch.Tensor, visual: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
-    """Input embeddings [N, hidden] with the clips' embeddings put in by place, never by token id."""
-    embeds: torch.Tensor = lm.module.get_input_embeddings()(ids)
-    return embeds.index_copy(0, visual, vision.to(embeds.dtype))
-
-
-def hidden_states(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+def hidden_states(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds) -> torch.Tensor:
     """Hidden states [N, hidden] of all tokens of the layout, with gradients."""
-    embeds = embed_tokens(lm, layout.ids, layout.visual, vision)
-    return run_text(lm, embeds, layout.positions, GroupPass(layout.spans))
+    inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
+    return run_text(lm, inputs, GroupPass(layout.spans))
 
 
-def target_hidden(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> torch.Tensor:
+def target_hidden(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds) -> torch.Tensor:
     """Hidden states [M, hidden] that predict every target token, with gradients; M as in ``layout.targets``."""
     return hidden_states(lm, layout, vision).index_select(0, layout.source)
 
@@ -60,7 +105,7 @@ def target_hidden(lm: VideoLM, layout: GroupLayout, vision: torch.Tensor) -> tor
 def target_logprobs(
     lm: VideoLM,
     layout: GroupLayout,
-    vision: torch.Tensor,
+    vision: VisionEmbeds,
     temperature: float = 1.0,
     *,
     also: torch.Tensor | None = None,

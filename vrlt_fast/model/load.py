@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
 from vrlt_fast.config import ModelConfig
@@ -19,15 +25,27 @@ from vrlt_fast.model.attention import PASS, SEGMENTS
 from vrlt_fast.model.patch_embed import fold_normalize_
 from vrlt_fast.video.preprocess import Geometry
 
-MODELS = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+MODELS = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
 VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>", "<|vision_pad|>")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_NORMALISATION = {"qwen3_vl": (_HALF, _HALF)}
+"""Mean and standard deviation of a family's pixels where the folder doesn't say; the others have CLIP's."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder says without its weights."""
+    """What a model folder says without its weights.
+
+    ``image_token`` and ``video_token`` stand for one merged patch each; ``visual_tokens`` may not be sampled.
+    ``frame_blocks``: the family was trained with a timestamp before each frame pair of a video, not with one block.
+    ``context`` in tokens; ``mean`` and ``std`` of pixels in 0..1.
+    """
 
     path: str
     family: str
@@ -35,6 +53,8 @@ class ModelInfo:
     tokenizer: Any
     geometry: Geometry
     video_token: int
+    image_token: int
+    frame_blocks: bool
     visual_tokens: tuple[int, ...]
     stop_tokens: tuple[int, ...]
     pad_token: int
@@ -133,14 +153,14 @@ def _local_folder(name: str) -> Path:
 
 def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
     known = tokenizer.get_vocab()
-    missing = [t for t in ("<|im_end|>", *VISUAL_TOKENS[:3]) if t not in known]
+    missing = [t for t in ("<|im_end|>", *VISUAL_TOKENS[:4]) if t not in known]
     if missing or tokenizer.chat_template is None:
         lack = f"token {missing[0]}" if missing else "chat template"
         raise _problem(
             "VRLT-M03", f"tokenizer lacks the {lack}", name, fix="copy the tokenizer files of the original model"
         )
     vision, end = config.vision_config, known["<|im_end|>"]
-    mean, std = _normalisation(Path(name))
+    mean, std = _normalisation(Path(name), config.model_type)
     return ModelInfo(
         path=name,
         family=config.model_type,
@@ -148,6 +168,8 @@ def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
         tokenizer=tokenizer,
         geometry=Geometry(patch=vision.patch_size, merge=vision.spatial_merge_size),
         video_token=config.video_token_id,
+        image_token=config.image_token_id,
+        frame_blocks=config.model_type == "qwen3_vl",
         visual_tokens=tuple(known[t] for t in VISUAL_TOKENS if t in known),
         stop_tokens=tuple({end, known.get("<|endoftext|>", end)}),
         pad_token=known.get("<|endoftext|>", end),
@@ -157,15 +179,16 @@ def _describe(name: str, config: Any, tokenizer: Any) -> ModelInfo:
     )
 
 
-def _normalisation(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _normalisation(folder: Path, family: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    mean, std = _NORMALISATION.get(family, (CLIP_MEAN, CLIP_STD))
     file = folder / "preprocessor_config.json"
     if not file.is_file():
-        return CLIP_MEAN, CLIP_STD
+        return mean, std
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _problem("VRLT-M03", "preprocessor_config.json is not JSON", str(file), str(error)) from None
-    return tuple(values.get("image_mean", CLIP_MEAN)), tuple(values.get("image_std", CLIP_STD))  # type: ignore[return-value]
+    return tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
 
 
 def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:

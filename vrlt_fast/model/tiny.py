@@ -1,4 +1,4 @@
-"""A tiny random Qwen2.5-VL with a tokenizer of its own, saved as an ordinary HF folder. It learns the demo on a CPU."""
+"""A tiny random Qwen-VL with a tokenizer of its own, saved as an ordinary HF folder. It learns the demo on a CPU."""
 
 from __future__ import annotations
 
@@ -48,16 +48,23 @@ QWEN_SPLIT = (
 )
 
 
-def build_tiny(out: Path, *, train_jsonl: Path, seed: int = 0, vocab_size: int = 768) -> Path:
+_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+
+
+def build_tiny(
+    out: Path, *, train_jsonl: Path, seed: int = 0, vocab_size: int = 768, family: str = "qwen2_5_vl"
+) -> Path:
     """Write a randomly initialised model of about 2 million parameters to ``out``.
 
     The tokenizer is a byte-level BPE with Qwen's splitting rule, trained on the prompts and answers of ``train_jsonl``.
     Same seed and data, same bytes.
+
+    Args:
+        family: a key of ``vrlt_fast.model.load.MODELS``.
     """
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from vrlt_fast.model.load import quiet_transformers
+    from vrlt_fast.model.load import MODELS, quiet_transformers
 
     quiet_transformers()
     samples = read_jsonl(train_jsonl, check_files=False)
@@ -68,9 +75,9 @@ def build_tiny(out: Path, *, train_jsonl: Path, seed: int = 0, vocab_size: int =
     tokenizer = _tokenizer(texts, vocab_size)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
 
-    config = Qwen2_5_VLConfig(**_architecture(len(tokenizer), ids))
+    config = MODELS[family].config_class(**_architecture(family, len(tokenizer), ids))
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = MODELS[family](config)
     _initialise(model)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
@@ -78,43 +85,47 @@ def build_tiny(out: Path, *, train_jsonl: Path, seed: int = 0, vocab_size: int =
     tokenizer.save_pretrained(out)
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "patch_size": 14,
+        "processor_class": _PROCESSORS[family],
+        "patch_size": config.vision_config.patch_size,
         "merge_size": 2,
         "temporal_patch_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": [0.5] * 3 if family == "qwen3_vl" else [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.5] * 3 if family == "qwen3_vl" else [0.26862954, 0.26130258, 0.27577711],
     }
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
     return out
 
 
-def _architecture(vocab: int, ids: dict[str, int]) -> dict[str, Any]:
-    """Arguments of Qwen2_5_VLConfig: the released architecture, narrow and shallow."""
+def _architecture(family: str, vocab: int, ids: dict[str, int]) -> dict[str, Any]:
+    """Arguments of the family's configuration: the released architecture, narrow and shallow."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    text: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": rope,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "tie_word_embeddings": True,
+    }
+    vision: dict[str, Any]
+    if family == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 128, "hidden_size": 192, "num_heads": 4, "mlp_ratio": 2}
+    else:
+        vision = {"depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 192}
+    if family == "qwen2_5_vl":
+        vision |= {"fullatt_block_indexes": [1], "tokens_per_second": 2}
+    elif family == "qwen3_vl":
+        text |= {"head_dim": 32, "rope_parameters": rope | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+        vision |= {"depth": 3, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
     return {
-        "text_config": {
-            "vocab_size": vocab,
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-            "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "out_hidden_size": 192,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
+        "text_config": text,
+        "vision_config": vision,
         "tie_word_embeddings": True,
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -129,11 +140,14 @@ def _initialise(model: PreTrainedModel) -> None:
     """
     import torch
 
+    tower = model.model.visual
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
                 weight.normal_(std=0.05 if "embed_tokens" in name else 0.8 / math.sqrt(weight[0].numel()))
-        model.model.visual.merger.mlp[-1].weight.mul_(0.15)
+        for merger in mergers:
+            (merger.linear_fc2 if hasattr(merger, "linear_fc2") else merger.mlp[-1]).weight.mul_(0.15)
 
 
 def _tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +14,41 @@ from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.sampling import TUBELET
 
 
-def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> torch.Tensor:
-    """Embeddings [sum of n_tokens, hidden] of the clips, in order; with gradients where the tower is trained.
+@dataclass(frozen=True, eq=False)
+class VisionEmbeds:
+    """What the language model gets of n visual tokens: ``embeds`` [n, hidden] in place of token embeddings, and of a
+    tower with deepstack layers ``deepstack``, each [n, hidden], added to the outputs of the first layers in order.
+    """
+
+    embeds: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors, ``embeds`` first."""
+        return (self.embeds, *self.deepstack)
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+    def split(self, sizes: Sequence[int]) -> list[VisionEmbeds]:
+        """Pieces of ``sizes`` tokens, views of these."""
+        pieces = zip(*(tensor.split(list(sizes)) for tensor in self.tensors), strict=True)
+        return [VisionEmbeds(embeds, tuple(deepstack)) for embeds, *deepstack in pieces]
+
+
+def concat(pieces: Sequence[VisionEmbeds]) -> VisionEmbeds:
+    """The tokens of all pieces in order; at least one, all of one tower."""
+    embeds, *deepstack = (torch.cat(tensors) for tensors in zip(*(p.tensors for p in pieces), strict=True))
+    return VisionEmbeds(embeds, tuple(deepstack))
+
+
+def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> VisionEmbeds:
+    """The sum of n_tokens tokens of the clips (videos and images), in order; with gradients where the tower is trained.
 
     A frozen tower runs without a graph.
     """
@@ -24,17 +58,16 @@ def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> torch.Tensor:
     frozen = not any(p.requires_grad for p in tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         pixels = patches if isinstance(tower.patch_embed, FoldedPatchEmbed) else normalise(lm, patches)
-        return tower(pixels, grid_thw=grids).pooler_output  # type: ignore[no-any-return]
+        out = tower(pixels, grid_thw=grids)
+    return VisionEmbeds(out.pooler_output, tuple(getattr(out, "deepstack_features", None) or ()))
 
 
-def shared_vision(lm: VideoLM, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Embeddings [sum of visual tokens, hidden] of the prompts' clips in order; a clip that stands twice is encoded
-    once.
-    """
-    clips = {p.clip.key: p.clip for p in prompts}
+def shared_vision(lm: VideoLM, prompts: Sequence[Prompt]) -> VisionEmbeds:
+    """The visual tokens of the prompts' media in order; a clip that stands twice is encoded once."""
+    clips = {clip.key: clip for p in prompts for clip in p.media}
     pieces = encode_clips(lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
     by_key = dict(zip(clips, pieces, strict=True))
-    return torch.cat([by_key[p.clip.key] for p in prompts])
+    return concat([by_key[clip.key] for p in prompts for clip in p.media])
 
 
 def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ import torch
 
 from vrlt_fast.config import RolloutConfig
 from vrlt_fast.errors import ConfigError, DataError, Problem, Stopped
-from vrlt_fast.model.language import embed_tokens, run_text
+from vrlt_fast.model.language import Inputs, join, make_inputs, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import encode_clips
+from vrlt_fast.model.vision import VisionEmbeds, concat, encode_clips
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
 from vrlt_fast.rollout.passes import DecodePass, PrefillPass
@@ -111,7 +111,7 @@ class _Call:
         longest = max(r.sampling.max_new_tokens for r in self.requests)
         self.uniforms = row_uniforms(row_seeds(self.requests), longest)
         self.banned = torch.tensor(self.lm.info.visual_tokens, device=self.lm.device)
-        self._vision: dict[str, torch.Tensor] = {}
+        self._vision: dict[str, VisionEmbeds] = {}
 
     def run(self) -> tuple[list[Group], RolloutStats]:
         while self.pending or self.live or any(r.waiting for r in self.resident):
@@ -150,7 +150,7 @@ class _Call:
     def _encode(self, fresh: Sequence[Resident]) -> None:
         """Embeddings of the new prompts' clips, each clip once a call."""
         begin = perf_counter()
-        clips = {r.prompt.clip.key: r.prompt.clip for r in fresh if r.prompt.clip.key not in self._vision}
+        clips = {c.key: c for r in fresh for c in r.prompt.media if c.key not in self._vision}
         if clips:
             pieces = encode_clips(self.lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
             self._vision |= dict(zip(clips, pieces, strict=True))
@@ -173,35 +173,33 @@ class _Call:
             self._prefill_pack(pack)
         self.stats.prefills += len(fresh)
         self.stats.prefix_tokens_prefilled += sum(len(r.prompt) for r in fresh)
-        wanted = {r.prompt.clip.key for r in self.pending}
+        wanted = {clip.key for r in self.pending for clip in r.prompt.media}
         self._vision = {key: value for key, value in self._vision.items() if key in wanted}
         self.stats.spend("prefill", begin)
 
-    def _embeds(self, prompt: Prompt) -> torch.Tensor:
-        device = self.lm.device
-        return embed_tokens(self.lm, prompt.ids.to(device), prompt.visual.to(device), self._vision[prompt.clip.key])
+    def _inputs(self, prompt: Prompt) -> Inputs:
+        ids, positions, visual = (x.to(self.lm.device) for x in (prompt.ids, prompt.positions, prompt.visual))
+        return make_inputs(self.lm, ids, positions, visual, concat([self._vision[c.key] for c in prompt.media]))
 
     def _prefill_pack(self, pack: Sequence[Resident]) -> None:
         """Whole prompts in one packed pass."""
-        lengths, device = [len(r.prompt) for r in pack], self.lm.device
+        lengths = [len(r.prompt) for r in pack]
         spans = GroupSpans.of(lengths, [[] for _ in pack])
         places = torch.cat([torch.arange(r.start, r.start + n) for r, n in zip(pack, lengths, strict=True)])
-        positions = torch.cat([r.prompt.positions for r in pack], dim=1).to(device)
-        embeds = torch.cat([self._embeds(r.prompt) for r in pack])
-        hidden = run_text(self.lm, embeds, positions, PrefillPass(self.store, places.to(device), spans))
+        inputs = join([self._inputs(r.prompt) for r in pack])
+        hidden = run_text(self.lm, inputs, PrefillPass(self.store, places.to(self.lm.device), spans))
         for resident, end in zip(pack, spans.starts[1:], strict=True):
             resident.last = hidden[end - 1].clone()
 
     def _prefill_long(self, resident: Resident) -> None:
         """One prompt, piece by piece, each behind what is in the arena already."""
         prompt, device, step = resident.prompt, self.lm.device, self.config.prefill_chunk
-        embeds, positions = self._embeds(prompt), prompt.positions.to(device)
+        inputs = self._inputs(prompt)
         for past in range(0, len(prompt), step):
-            piece = slice(past, min(past + step, len(prompt)))
-            places = torch.arange(resident.start + piece.start, resident.start + piece.stop, device=device)
-            spans = GroupSpans.of([piece.stop - piece.start], [[]])
-            group_pass = PrefillPass(self.store, places, spans, past, resident.start)
-            hidden = run_text(self.lm, embeds[piece], positions[:, piece], group_pass)
+            end = min(past + step, len(prompt))
+            places = torch.arange(resident.start + past, resident.start + end, device=device)
+            group_pass = PrefillPass(self.store, places, GroupSpans.of([end - past], [[]]), past, resident.start)
+            hidden = run_text(self.lm, inputs.piece(past, end), group_pass)
         resident.last = hidden[-1].clone()
 
     def _start_rows(self) -> list[tuple[Resident, Row]]:
@@ -241,7 +239,7 @@ class _Call:
         self.stats.decode_steps += 1
         self.stats.prefix_tokens_read += sum(len(r.prompt) for r in prompts)
         embeds = self.lm.module.get_input_embeddings()(tokens)
-        return run_text(self.lm, embeds, positions.expand(3, -1), group_pass)
+        return run_text(self.lm, Inputs(embeds, positions.expand(3, -1)), group_pass)
 
     def _draw(self, hidden: torch.Tensor) -> None:
         """One token for every live row; rows that end leave."""

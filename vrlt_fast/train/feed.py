@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vrlt_fast.config import Config
-from vrlt_fast.data.readers import resolve_video
+from vrlt_fast.data.readers import resolve_images, resolve_video
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.video.images import ImageLoader
+from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips
 
 WINDOW = 500
@@ -40,6 +42,7 @@ class Feed:
     ):
         self.samples, self.failed = samples, 0
         self._info, self._loader, self._config, self._root, self._warn = info, loader, config, root, warn
+        self._images = ImageLoader(config.video, info.geometry)
         self._outcomes: deque[bool] = deque(maxlen=WINDOW)
         self._followed: BatchStream | None = None
         by_video: dict[str, list[int]] = {}
@@ -85,15 +88,17 @@ class Feed:
             sample = self.samples[index]
             if not readable.get(sample.video, True):
                 continue
+            clip: Clip | None = None
             try:
                 clip = self._loader.load(resolve_video(sample, self._root))
                 reserve = self._config.rollout.max_new_tokens
                 asked = self._config.prompt
+                images = [self._images.load(path) for path in resolve_images(sample, self._root) if asked.images]
                 if thinks is not None and thinks(sample):
                     asked = asked.model_copy(update={"think": True})
-                prompts.append(encode_prompt(self._info, sample, clip, asked, reserve=reserve))
+                prompts.append(encode_prompt(self._info, sample, clip, asked, images=images, reserve=reserve))
             except DataError as error:
-                if isinstance(error, VideoError):
+                if clip is None and isinstance(error, VideoError):
                     readable[sample.video] = False
                 self._count(sample, error)
                 continue

@@ -20,7 +20,7 @@ import torch
 from vrlt_fast.config import Config, VideoConfig
 from vrlt_fast.config_load import dump_toml, load_config
 from vrlt_fast.data.prompts import user_text
-from vrlt_fast.data.readers import resolve_video
+from vrlt_fast.data.readers import resolve_images, resolve_video
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError, VrltError
 from vrlt_fast.evals.run import data_root, pick_samples, read_split
@@ -29,6 +29,7 @@ from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
 from vrlt_fast.video.cache import upright
+from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.index import VideoIndex, probe
 from vrlt_fast.video.preprocess import smart_resize
 from vrlt_fast.video.sampling import TUBELET, choose, settings_of
@@ -89,6 +90,7 @@ def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Pat
     for sample in samples:
         by_video.setdefault(sample.video, []).append(sample)
     videos = list(by_video)[:PROBED]
+    images = ImageLoader(config.video, info.geometry)
     failed: list[Problem] = []
     long: list[Problem] = []
     for video in videos:
@@ -98,7 +100,14 @@ def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Pat
         except DataError as error:
             failed += [_at(p, by_video[video][0]) for p in error.problems]
             continue
-        long += [p for s in by_video[video] if (p := _too_long(config, info, s, index, size))]
+        for sample in by_video[video]:
+            try:
+                shown = resolve_images(sample, root) if config.prompt.images else ()
+                problem = _too_long(config, info, sample, index, size, [images.n_tokens(path) for path in shown])
+            except VideoError as error:
+                failed += [_at(p, sample) for p in error.problems]
+                continue
+            long += [problem] if problem else []
     if long:
         raise DataError(long)
     if failed and len(failed) > config.data.max_failed_share * len(videos):
@@ -123,27 +132,30 @@ def _resized(config: Config, info: ModelInfo, index: VideoIndex) -> tuple[int, i
 
 
 def _too_long(
-    config: Config, info: ModelInfo, sample: Sample, index: VideoIndex, size: tuple[int, int]
+    config: Config, info: ModelInfo, sample: Sample, index: VideoIndex, size: tuple[int, int], images: Sequence[int]
 ) -> Problem | None:
     (height, width), factor, reserve = size, info.geometry.factor, config.rollout.max_new_tokens
     frames = len(choose(index, settings_of(config.video)).frames)
     tokens = frames // TUBELET * (height // factor) * (width // factor)
-    timestamps = 8 * frames // TUBELET if config.prompt.video_layout == "interleaved" else 2
+    blocks = info.frame_blocks or config.prompt.video_layout == "interleaved"
+    others = (8 * frames // TUBELET if blocks else 2) + sum(images)
     if (
-        tokens + timestamps + reserve + 32 < info.context // 2
+        tokens + others + reserve + 32 < info.context // 2
         and len(user_text(sample, config.prompt) + config.prompt.system) < 2000
     ):
         return None
-    text = len(info.tokenizer(render(info, sample, config.prompt), add_special_tokens=False)["input_ids"])
-    needed = tokens + timestamps + text + reserve
+    rendered = render(info, sample, config.prompt, images=len(images))
+    text = len(info.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    needed = tokens + others + text + reserve
     if needed <= info.context:
         return None
     return Problem(
         "VRLT-D10",
         f"prompt and response need {needed} tokens, the model's context is {info.context}",
         where=sample.line,
-        why=f"{tokens} tokens are video ({frames} frames of {width} x {height}), {reserve} response",
-        fix="lower video.max_frames, video.max_pixels or rollout.max_new_tokens",
+        why=f"{tokens} tokens are video ({frames} frames of {width} x {height}), {sum(images)} images, "
+        f"{reserve} response",
+        fix="lower video.max_frames, video.max_pixels, video.image_max_pixels or rollout.max_new_tokens",
     )
 
 

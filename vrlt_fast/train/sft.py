@@ -84,19 +84,19 @@ def sft_backward(
 
 
 def by_clip(prompts: Sequence[Prompt], micro_rows: int) -> list[list[list[int]]]:
-    """Micro-batches of at most ``micro_rows`` prompts; in each, the indices of the prompts grouped by clip."""
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i].clip.key)
+    """Micro-batches of at most ``micro_rows`` prompts; in each, the indices of the prompts grouped by what is seen."""
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].media_key)
     out = []
     for start in range(0, len(order), micro_rows):
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, ...], list[int]] = {}
         for i in order[start : start + micro_rows]:
-            groups.setdefault(prompts[i].clip.key, []).append(i)
+            groups.setdefault(prompts[i].media_key, []).append(i)
         out.append(list(groups.values()))
     return out
 
 
 def common_prefix(prompts: Sequence[Prompt]) -> int:
-    """How many tokens the prompts of one clip share up to the end of the video."""
+    """How many tokens the prompts of one clip share up to the end of what is seen."""
     first, length = prompts[0], int(prompts[0].visual[-1]) + 1
     if any(not torch.equal(first.ids[:length], other.ids[:length]) for other in prompts[1:]):
         raise ValueError("prompts of one clip differ before the end of the video")

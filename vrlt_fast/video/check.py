@@ -1,4 +1,6 @@
-"""What ``vrlt data check FILE`` tells about a file of samples and its videos, and the list of what to leave out."""
+"""What ``vrlt data check FILE`` tells about a file of samples, its videos and images, and the list of what to leave
+out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from pathlib import Path
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.data.readers import scan_jsonl
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.errors import DataError, Problem
+from vrlt_fast.errors import DataError, Problem, VideoError
+from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.index import VideoIndex, probe
 from vrlt_fast.video.preprocess import Geometry
 from vrlt_fast.video.source import ClipSource
@@ -66,13 +69,14 @@ def check_dataset(
     decode: VideoConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Checks a file of samples and, unless ``open_videos`` is false, demuxes every video that it names.
+    """Checks a file of samples and, unless ``open_videos`` is false, demuxes every video and image that it names.
 
-    Nothing is raised for what is wrong with the data: see :attr:`Report.problems`, ordered by line. Videos give the
-    V codes, and VRLT-D05 for a span that ends more than 0.5 s after the video.
+    Nothing is raised for what is wrong with the data: see :attr:`Report.problems`, ordered by line. Videos and images
+    give the V codes, and VRLT-D05 for a span that ends more than 0.5 s after the video.
 
     Args:
-        decode: also decode the frames that this configuration samples, in ``decode.workers`` processes.
+        decode: also decode the images, and the frames that this configuration samples, those in ``decode.workers``
+            processes.
         progress: called with ``(done, total)`` after each video.
     """
     path = Path(path)
@@ -94,6 +98,10 @@ def check_dataset(
             if progress:
                 progress(done, len(by_video))
         substituted = check.substituted
+        for users, found in _check_images(check.folder, samples, decode):
+            problems += found
+            for user in users:
+                rejected[_line(user.line)].update(problem.code for problem in found)
     problems.sort(key=lambda problem: _line(problem.where))
     durations = [users[0].duration for users in by_video.values()]
     return Report(
@@ -153,15 +161,7 @@ class _Videos:
         try:
             index = open_one(path)
         except DataError as error:
-            also = ", ".join(str(_line(user.line)) for user in users[1:])
-            return [
-                replace(
-                    problem,
-                    where=users[0].line,
-                    what=f"{path.name}: {problem.what}" + (f" (also lines {also})" if also else ""),
-                )
-                for problem in error.problems
-            ]
+            return _named(error, path, users)
         length = index.n_frames / index.fps
         return [
             Problem(
@@ -174,6 +174,30 @@ class _Videos:
             for start, end in user.spans
             if end > length + _SLACK
         ]
+
+
+def _check_images(
+    folder: Path, samples: Sequence[Sample], decode: VideoConfig | None
+) -> Iterator[tuple[list[Sample], list[Problem]]]:
+    """The samples of each image that can't be used and what is wrong with it."""
+    by_image: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        for image in dict.fromkeys(sample.images):
+            by_image[image].append(sample)
+    images = ImageLoader(decode or VideoConfig(), Geometry(), kept_bytes=0)
+    look: Callable[[Path], object] = images.load if decode else images.n_tokens
+    for image, users in by_image.items():
+        try:
+            look(folder / image)
+        except VideoError as error:
+            yield users, _named(error, folder / image, users)
+
+
+def _named(error: DataError, path: Path, users: Sequence[Sample]) -> list[Problem]:
+    """A file's problems at the first line that names it."""
+    also = ", ".join(str(_line(user.line)) for user in users[1:])
+    more = f" (also lines {also})" if also else ""
+    return [replace(p, where=users[0].line, what=f"{path.name}: {p.what}{more}") for p in error.problems]
 
 
 def _line(where: str) -> int:

@@ -28,11 +28,12 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded video as the tower takes it.
+    """A decoded video, or an image as a video of one frame pair, as the tower takes it.
 
     ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation
     time in seconds of each of the 2 t frames, ``seconds_per_grid`` the seconds between temporal grids as positions
-    count them, ``key`` names content and preprocessing (equal keys, equal patches).
+    count them, ``key`` names content and preprocessing (equal keys, equal patches). An image has grid (1, h, w), its
+    picture for both frames, and no times that mean anything.
     """
 
     patches: torch.Tensor
@@ -41,6 +42,7 @@ class Clip:
     seconds_per_grid: float
     key: str
     geometry: Geometry
+    kind: Literal["video", "image"] = "video"
 
     @property
     def nbytes(self) -> int:

@@ -155,7 +155,7 @@ def test_logits_and_gradients_are_those_of_transformers(lm, theirs, sample, clip
     prompts = prompts_of(lm, sample, clips)
     responses = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14]]]
     rows = [[response_row(p, r) for r in group] for p, group in zip(prompts, responses, strict=True)]
-    layout = build_layout(prompts, rows, pad=lm.info.pad_token)
+    layout = build_layout(prompts, rows)
     weight = torch.randn(len(layout.targets), generator=torch.Generator().manual_seed(seed))
 
     def gradients(module, logits):
@@ -187,7 +187,7 @@ def test_rollouts_have_the_log_probs_that_are_trained_on(lm, sample, clips):
     prompts = prompts_of(lm, sample, clips)
     groups, stats = generate(lm, [RolloutRequest(p, 2, Sampling(5, 1.0), seed=i) for i, p in enumerate(prompts)])
     rows = [[response_row(g.request.prompt, c.tokens) for c in g.completions] for g in groups]
-    layout = build_layout(prompts, rows, pad=lm.info.pad_token)
+    layout = build_layout(prompts, rows)
     with torch.no_grad():
         scored, _ = target_logprobs(lm, layout, shared_vision(lm, prompts))
     torch.testing.assert_close(

@@ -15,6 +15,7 @@ from vrlt_fast.data.sample import TASKS, Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, VrltError
 from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
 from vrlt_fast.files import write_lines
+from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM, inspect_model, load_model
 from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.rollout.engine import GroupEngine
@@ -62,6 +63,7 @@ def evaluate(
     temperatures: Sequence[float] | None = None,
     alter: Callable[[Clip], Clip] | None = None,
     progress: Callable[[int], None] | None = None,
+    cache: EmbeddingCache | None = None,
 ) -> Evaluation:
     """Answer every question greedily and ``eval.responses`` times sampled.
 
@@ -70,13 +72,14 @@ def evaluate(
             "sampled" (for the first) and "sampled@T" for further ones.
         alter: changes each clip first, videos and images, for example to grey pictures.
         progress: called with the number of questions done since the last call.
+        cache: embeddings of a frozen tower.
     """
     temps = list(temperatures or [config.eval.temperature])
     names = ["sampled", *(f"sampled@{t}" for t in temps[1:])]
     failed: list[VrltError] = []
     done: dict[str, list[list[Scored]]] = {name: [] for name in ["greedy", *names]}
     kept: list[Sample] = []
-    engine = GroupEngine(lm, config.rollout)
+    engine = GroupEngine(lm, config.rollout, cache)
     loader.expect(root / sample.video for sample in samples)
     for prompts in _batches(lm, samples, loader, config, root=root, alter=alter, failed=failed):
         first = len(kept)

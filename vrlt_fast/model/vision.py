@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.patch_embed import FoldedPatchEmbed
 from vrlt_fast.model.prompt import Prompt
@@ -55,19 +56,49 @@ def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> VisionEmbeds:
     patches = torch.cat([clip.patches.to(lm.device) for clip in clips])
     grids = torch.tensor([clip.grid for clip in clips], device=lm.device)
     tower = lm.module.model.visual
-    frozen = not any(p.requires_grad for p in tower.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(lm)):
         pixels = patches if isinstance(tower.patch_embed, FoldedPatchEmbed) else normalise(lm, patches)
         out = tower(pixels, grid_thw=grids)
     return VisionEmbeds(out.pooler_output, tuple(getattr(out, "deepstack_features", None) or ()))
 
 
-def shared_vision(lm: VideoLM, prompts: Sequence[Prompt]) -> VisionEmbeds:
+def encode_media(
+    lm: VideoLM, clips: Iterable[Clip], cache: EmbeddingCache | None = None
+) -> tuple[dict[str, VisionEmbeds], list[Clip]]:
+    """The tokens of each clip by its key, and the clips that went through the tower: each once, and none that the cache
+    has.
+
+    A cache is for towers that are frozen, and there clips go through one by one, so that their bits don't depend on
+    what else is in the batch. A tower with gradients is run whatever the cache has.
+    """
+    by_key = {clip.key: clip for clip in clips}
+    if cache is None or not is_frozen(lm):
+        pieces = encode_clips(lm, list(by_key.values())).split([c.n_tokens for c in by_key.values()]) if by_key else []
+        return dict(zip(by_key, pieces, strict=True)), list(by_key.values())
+    found: dict[str, VisionEmbeds] = {}
+    encoded = []
+    for key, clip in by_key.items():
+        name = cache.key(key)
+        kept = cache.get(name)
+        if kept is None:
+            found[key] = encode_clips(lm, [clip])
+            encoded.append(clip)
+            cache.put(name, found[key].tensors)
+        else:
+            found[key] = VisionEmbeds(kept[0], tuple(kept[1:]))
+    return found, encoded
+
+
+def is_frozen(lm: VideoLM) -> bool:
+    """Whether no parameter of the tower is trained."""
+    return not any(p.requires_grad for p in lm.module.model.visual.parameters())
+
+
+def shared_vision(lm: VideoLM, prompts: Sequence[Prompt], cache: EmbeddingCache | None = None) -> VisionEmbeds:
     """The visual tokens of the prompts' media in order; a clip that stands twice is encoded once."""
-    clips = {clip.key: clip for p in prompts for clip in p.media}
-    pieces = encode_clips(lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
-    by_key = dict(zip(clips, pieces, strict=True))
-    return concat([by_key[clip.key] for p in prompts for clip in p.media])
+    media = [clip for p in prompts for clip in p.media]
+    found, _ = encode_media(lm, media, cache)
+    return concat([found[clip.key] for clip in media])
 
 
 def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:

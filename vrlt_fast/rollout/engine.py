@@ -13,10 +13,11 @@ import torch
 
 from vrlt_fast.config import RolloutConfig
 from vrlt_fast.errors import ConfigError, DataError, Problem, Stopped
+from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import Inputs, join, make_inputs, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import VisionEmbeds, concat, encode_clips
+from vrlt_fast.model.vision import VisionEmbeds, concat, encode_media
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
 from vrlt_fast.rollout.passes import DecodePass, PrefillPass
@@ -26,10 +27,10 @@ from vrlt_kernels import GroupSpans
 
 
 class GroupEngine:
-    """Rollouts on the weights of ``lm``, which may change between calls."""
+    """Rollouts on the weights of ``lm``, which may change between calls. ``cache``: of a frozen tower's embeddings."""
 
-    def __init__(self, lm: VideoLM, config: RolloutConfig | None = None):
-        self.lm, self.config = lm, config or RolloutConfig()
+    def __init__(self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None):
+        self.lm, self.config, self.cache = lm, config or RolloutConfig(), cache
         self._store: KvStore | None = None
 
     @torch.no_grad()
@@ -49,7 +50,7 @@ class GroupEngine:
         self._check(requests)
         self.lm.module.eval()
         try:
-            return _Call(self.lm, self.config, self._room(requests), requests, on_group).run()
+            return _Call(self.lm, self.config, self.cache, self._room(requests), requests, on_group).run()
         finally:
             self.lm.module.train()
 
@@ -97,6 +98,7 @@ class _Call:
 
     lm: VideoLM
     config: RolloutConfig
+    cache: EmbeddingCache | None
     store: KvStore
     requests: Sequence[RolloutRequest]
     on_group: Callable[[Group], None] | None
@@ -150,12 +152,11 @@ class _Call:
     def _encode(self, fresh: Sequence[Resident]) -> None:
         """Embeddings of the new prompts' clips, each clip once a call."""
         begin = perf_counter()
-        clips = {c.key: c for r in fresh for c in r.prompt.media if c.key not in self._vision}
-        if clips:
-            pieces = encode_clips(self.lm, list(clips.values())).split([c.n_tokens for c in clips.values()])
-            self._vision |= dict(zip(clips, pieces, strict=True))
-            self.stats.clips_encoded += len(clips)
-            self.stats.frames_encoded += sum(len(c.times) for c in clips.values())
+        clips = [c for r in fresh for c in r.prompt.media if c.key not in self._vision]
+        found, encoded = encode_media(self.lm, clips, self.cache)
+        self._vision |= found
+        self.stats.clips_encoded += len(encoded)
+        self.stats.frames_encoded += sum(len(c.times) for c in encoded)
         self.stats.spend("encode", begin)
 
     def _prefill(self, fresh: Sequence[Resident]) -> None:

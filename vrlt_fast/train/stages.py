@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.stream import BatchStream
+from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
@@ -103,10 +104,11 @@ class GrpoStage:
         stream: BatchStream,
         optimizer: MasterAdamW,
         keep: Callable[[list[Record]], None],
+        cache: EmbeddingCache | None = None,
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
-        self.stream, self.optimizer, self._keep = stream, optimizer, keep
-        self._engine = GroupEngine(lm, config.rollout)
+        self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
+        self._engine = GroupEngine(lm, config.rollout, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -163,11 +165,18 @@ class GrpoStage:
         begin = perf_counter()
         old = None
         if config.grpo.updates > 1:
-            old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows)
+            old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows, cache=self._cache)
         reference_seconds, mismatch = 0.0, None
         for _ in range(config.grpo.updates):
             stats = grpo_backward(
-                self.lm, self.reference, scored, config.grpo, temperature=temperature, micro_rows=micro_rows, old=old
+                self.lm,
+                self.reference,
+                scored,
+                config.grpo,
+                temperature=temperature,
+                micro_rows=micro_rows,
+                old=old,
+                cache=self._cache,
             )
             norm = apply_step(self.lm, self.optimizer, stats.loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds

@@ -19,7 +19,9 @@ from vrlt_fast.config_load import dump_toml
 from vrlt_fast.errors import Problem, SetupError, Stopped
 from vrlt_fast.evals.run import data_root, evaluate
 from vrlt_fast.files import write_lines
+from vrlt_fast.model.embed_cache import from_config
 from vrlt_fast.model.load import VideoLM, load_model
+from vrlt_fast.model.vision import is_frozen
 from vrlt_fast.report.console import Console
 from vrlt_fast.report.html import write_report
 from vrlt_fast.report.metrics import RunLog, read_jsonl_tolerant, truncate_after
@@ -72,6 +74,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         stack.enter_context(lock_run_folder(run_dir))
         trainer = Trainer(config, inputs, lm, run_dir, console)
         stack.enter_context(trainer.clips)
+        if trainer.embeds is not None:
+            stack.enter_context(trainer.embeds)
         if resume:
             trainer.restore()
         stack.enter_context(trainer.start_log())
@@ -99,6 +103,7 @@ class Trainer:
         self.feed = Feed(
             inputs.info, inputs.train, self.clips, config, root=data_root(config, "train"), warn=console.warn
         )
+        self.embeds = from_config(config, lm, run_dir, console.warn) if is_frozen(lm) else None
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
         self._tensors: dict[str, torch.Tensor] = {}
@@ -197,7 +202,9 @@ class Trainer:
             return SftStage(config, self.lm, self.feed, self.feed.videos(config.sft.batch, seed), optimizer)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
         stream = self.feed.questions(config.rollout.prompts, seed)
-        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, self.log.completions)
+        return GrpoStage(
+            config, self.lm, self._reference(), self.feed, stream, optimizer, self.log.completions, self.embeds
+        )
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder."""
@@ -255,7 +262,7 @@ class Trainer:
                     raise self._stopped(f"in the evaluation of {label}")
 
             root = data_root(self.config, "eval")
-            result = evaluate(self.lm, samples, self.clips, self.config, root=root, progress=tick)
+            result = evaluate(self.lm, samples, self.clips, self.config, root=root, progress=tick, cache=self.embeds)
         for error in result.failed:
             self.console.warn(f"question left out of the evaluation: {error}")
         write_lines(self.run_dir / "eval" / f"{label}.jsonl", result.rows)

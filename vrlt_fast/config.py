@@ -144,6 +144,8 @@ class RolloutConfig(_Section):
     """Most responses that are decoded at a time."""
     kv_gb: Annotated[float, Field(ge=0.0)] = 0.0
     """GB (10^9 bytes) for keys and values; prompts wait for room. 0: 60 % of the free GPU memory, or 4 GB on a CPU."""
+    cuda_graphs: bool = True
+    """Run decode steps as CUDA graphs, one for each of some numbers of rows; they stay valid as the weights change."""
     prefill_chunk: Positive = 8192
     """Prompt tokens in one pass of the prefill."""
 

@@ -10,6 +10,15 @@ from vrlt_fast.model.prompt import encode_prompt
 from vrlt_fast.video.cache import ClipLoader
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads cost more than they give on models as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def lm(tiny_folder):
     lm = load_model(ModelConfig(name=str(tiny_folder), dtype="float32", device="cpu"))

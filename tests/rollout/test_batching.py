@@ -63,7 +63,7 @@ def test_fewer_rows_at_a_time_change_nothing(lm, prompts):
 
 def test_four_groups_of_eight_cost_four_encodes_and_four_prefills(lm, prompts):
     clips = [dataclasses.replace(p.clip, key=str(i)) for i, p in enumerate(prompts)]
-    own = [dataclasses.replace(p, clip=c) for p, c in zip(prompts, clips, strict=True)]
+    own = [dataclasses.replace(p, media=(c,)) for p, c in zip(prompts, clips, strict=True)]
     _, stats = GroupEngine(lm).generate(requests_of(own, (8, 8, 8, 8)))
     assert (stats.clips_encoded, stats.prefills) == (4, 4)
     steps = stats.decode_steps

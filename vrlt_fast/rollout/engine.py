@@ -18,9 +18,10 @@ from vrlt_fast.model.language import Inputs, join, make_inputs, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.vision import VisionEmbeds, concat, encode_media
+from vrlt_fast.rollout.decode import Decoder
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
-from vrlt_fast.rollout.passes import DecodePass, PrefillPass
+from vrlt_fast.rollout.passes import PrefillPass
 from vrlt_fast.rollout.rows import Collector, Ending, Resident, Row, by_prompt, row_seeds
 from vrlt_fast.rollout.sampler import draw, row_uniforms
 from vrlt_kernels import GroupSpans
@@ -31,7 +32,7 @@ class GroupEngine:
 
     def __init__(self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None):
         self.lm, self.config, self.cache = lm, config or RolloutConfig(), cache
-        self._store: KvStore | None = None
+        self._decoder: Decoder | None = None
 
     @torch.no_grad()
     def generate(
@@ -68,15 +69,15 @@ class GroupEngine:
                 fix = "lower video.max_frames, video.max_pixels or rollout.max_new_tokens"
                 raise DataError(Problem("VRLT-D10", what, where, f"it is {self.lm.info.context}", fix))
 
-    def _room(self, requests: Sequence[RolloutRequest]) -> KvStore:
+    def _room(self, requests: Sequence[RolloutRequest]) -> Decoder:
         """The buffers of the call before, where they suffice."""
         text, parameter = self.lm.info.config.text_config, self.lm.module.get_input_embeddings().weight
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         shape = KvShape(text.num_hidden_layers, text.num_key_value_heads, dim, parameter.dtype, parameter.device)
         work = by_prompt(requests)
         budget = budget_bytes(self.config.kv_gb, shape.device)
-        if self._store is not None and not self.config.kv_gb:
-            budget += self._store.nbytes  # it is among what isn't free
+        if self._decoder is not None and not self.config.kv_gb:
+            budget += self._decoder.store.nbytes  # it is among what isn't free
         plan = plan_kv(
             shape,
             [len(r.prompt) for r in work],
@@ -85,11 +86,12 @@ class GroupEngine:
             budget=budget,
             max_rows=self.config.max_rows,
         )
-        if self._store is None or self._store.shape != shape or not self._store.plan.holds(plan):
-            self._store = None  # the old buffers go before the new ones come
-            self._store = KvStore(shape, plan)
-        self._store.clear()
-        return self._store
+        kept = self._decoder.store if self._decoder is not None else None
+        if self._decoder is None or kept is None or kept.shape != shape or not kept.plan.holds(plan):
+            self._decoder = kept = None  # the old buffers go before the new ones come
+            self._decoder = Decoder(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
+        self._decoder.store.clear()
+        return self._decoder
 
 
 @dataclass
@@ -99,11 +101,12 @@ class _Call:
     lm: VideoLM
     config: RolloutConfig
     cache: EmbeddingCache | None
-    store: KvStore
+    decoder: Decoder
     requests: Sequence[RolloutRequest]
     on_group: Callable[[Group], None] | None
 
     def __post_init__(self) -> None:
+        self.store = self.decoder.store
         self.stats = RolloutStats()
         self.pending = by_prompt(self.requests)
         self.resident: list[Resident] = []
@@ -119,15 +122,15 @@ class _Call:
         while self.pending or self.live or any(r.waiting for r in self.resident):
             self._admit()
             begin = perf_counter()
-            hidden = self._decode()
+            logits = self._decode()
             fresh = self._start_rows()
             if fresh:
-                starts = torch.stack([r.last for r, _ in fresh if r.last is not None])
-                hidden = starts if hidden is None else torch.cat([hidden, starts])
+                starts = self.lm.module.lm_head(torch.stack([r.last for r, _ in fresh if r.last is not None]))
+                logits = starts if logits is None else torch.cat([logits, starts])
                 self.live += fresh
-            if hidden is None:
+            if logits is None:
                 raise RuntimeError("no row runs and none can be admitted")
-            self._draw(hidden)
+            self._draw(logits)
             self.stats.spend("generate", begin)
         return [g for g in self.collector.groups if g is not None], self.stats
 
@@ -215,36 +218,16 @@ class _Call:
         return fresh
 
     def _decode(self) -> torch.Tensor | None:
-        """Hidden states [rows, hidden] behind the rows' latest tokens; sorts the rows by prompt."""
+        """Logits [rows, V] behind the rows' latest tokens; sorts the rows by prompt."""
         if not self.live:
             return None
         self.live.sort(key=lambda pair: pair[0].order)
-        device, rows = self.lm.device, [row for _, row in self.live]
-        prompts = list(dict.fromkeys(resident for resident, _ in self.live))
-        offsets = [0]
-        for resident in prompts:
-            offsets.append(offsets[-1] + resident.running)
-        columns = [len(row.tokens) - 1 for row in rows]
-        places = [resident.prompt.next_position + c for (resident, _), c in zip(self.live, columns, strict=True)]
-        numbers = torch.tensor([[row.tokens[-1] for row in rows], places, [row.slot for row in rows], columns])
-        tokens, positions, slots, cols = numbers.to(device)
-        group_pass = DecodePass(
-            self.store,
-            slots,
-            cols,
-            (cols + 1).int(),
-            torch.tensor([r.start for r in prompts], device=device),
-            torch.tensor([len(r.prompt) for r in prompts], dtype=torch.int32, device=device),
-            torch.tensor(offsets, dtype=torch.int32, device=device),
-        )
         self.stats.decode_steps += 1
-        self.stats.prefix_tokens_read += sum(len(r.prompt) for r in prompts)
-        embeds = self.lm.module.get_input_embeddings()(tokens)
-        return run_text(self.lm, Inputs(embeds, positions.expand(3, -1)), group_pass)
+        self.stats.prefix_tokens_read += sum(len(r.prompt) for r in dict.fromkeys(r for r, _ in self.live))
+        return self.decoder.logits(self.live)
 
-    def _draw(self, hidden: torch.Tensor) -> None:
+    def _draw(self, logits: torch.Tensor) -> None:
         """One token for every live row; rows that end leave."""
-        logits = self.lm.module.lm_head(hidden)
         uniforms = torch.tensor([self.uniforms[row.number, len(row.tokens)] for _, row in self.live])
         tokens = torch.empty(len(self.live), dtype=torch.int64)
         logprobs = torch.empty(len(self.live))

@@ -38,9 +38,8 @@ class PrefillPass:
 class DecodePass:
     """One new token a row, rows sorted by prompt: the shared prefix, read once a prompt, and the row's own tokens.
 
-    ``slots`` and ``columns`` int64 [rows]: where the row's new keys and values go; ``prefix_start`` int64 and
-    ``prefix_length`` int32 [prompts]; ``row_offsets`` int32 [prompts + 1]; ``own_length`` int32 [rows], the new token
-    counted.
+    All int64: ``slots`` and ``columns`` [rows], where the row's new keys and values go; ``own_length`` [rows], the new
+    token counted; ``prefix_start`` and ``prefix_length`` [prompts]; ``row_offsets`` [prompts + 1].
     """
 
     store: KvStore

@@ -1,0 +1,125 @@
+"""One decode step of all live rows: the numbers it needs, in buffers, and the model on them; on CUDA as a graph."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vrlt_fast.model.language import Inputs, run_text
+from vrlt_fast.model.load import VideoLM
+from vrlt_fast.rollout.kv import KvStore
+from vrlt_fast.rollout.passes import DecodePass
+from vrlt_fast.rollout.rows import Resident, Row
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Rows of a graph: a step takes the smallest that holds its rows."""
+
+Live = Sequence[tuple[Resident, Row]]
+
+
+@dataclass
+class Numbers:
+    """What changes from step to step, int64. ``rows`` [5, rows]: token, position, slot, column and own length of each
+    row; ``prompts`` [2, prompts]: start and length of each prefix; ``offsets`` [prompts + 1]: where its rows begin.
+    """
+
+    rows: torch.Tensor
+    prompts: torch.Tensor
+    offsets: torch.Tensor
+
+    @staticmethod
+    def of(live: Live, rows: int, prompts: int, padding_slot: int) -> Numbers:
+        """Of rows that are sorted by prompt, on the CPU, padded to so many rows and prompts."""
+        residents = list(dict.fromkeys(resident for resident, _ in live))
+        counts = dict.fromkeys(residents, 0)
+        table = torch.zeros(5, rows, dtype=torch.int64)
+        table[2] = padding_slot
+        values = []
+        for resident, row in live:
+            counts[resident] += 1
+            column = len(row.tokens) - 1
+            values.append((row.tokens[-1], resident.prompt.next_position + column, row.slot, column, column + 1))
+        table[:, : len(values)] = torch.tensor(values).T
+        places = torch.zeros(2, prompts, dtype=torch.int64)
+        places[:, : len(residents)] = torch.tensor([(r.start, len(r.prompt)) for r in residents]).T
+        offsets = torch.full((prompts + 1,), len(values), dtype=torch.int64)
+        offsets[: len(residents)] = torch.tensor([0, *counts.values()][:-1]).cumsum(0)
+        return Numbers(table, places, offsets)
+
+    def to(self, device: torch.device) -> Numbers:
+        return Numbers(*(x.to(device) for x in (self.rows, self.prompts, self.offsets)))
+
+    def copy_(self, other: Numbers) -> None:
+        """Take another's values; the buffers stay where they are."""
+        for mine, theirs in ((self.rows, other.rows), (self.prompts, other.prompts), (self.offsets, other.offsets)):
+            mine.copy_(theirs, non_blocking=True)
+
+
+class Decoder:
+    """Decode steps over the buffers of a store.
+
+    With ``graphs``, on CUDA, a step is a graph, captured once a bucket of rows. It holds addresses: of the store's
+    buffers, and of the weights, so that weights that are updated in place keep it valid. Where weights moved, graphs
+    are dropped.
+    """
+
+    def __init__(self, lm: VideoLM, store: KvStore, *, graphs: bool):
+        self.lm, self.store = lm, store
+        self.graphs = graphs and lm.device.type == "cuda"
+        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]] = {}
+        self._weights: tuple[int, ...] = ()
+        self._pool: Any = None
+
+    def logits(self, live: Live) -> torch.Tensor:
+        """[rows, V] behind the rows' latest tokens, whose keys and values go to the store. Rows are sorted by prompt.
+
+        With graphs the tensor is overwritten by the next step.
+        """
+        if not self.graphs or len(live) > BUCKETS[-1]:
+            prompts = len(dict.fromkeys(resident for resident, _ in live))
+            return self._run(Numbers.of(live, len(live), prompts, self.store.plan.slots).to(self.lm.device))
+        bucket = BUCKETS[bisect_left(BUCKETS, len(live))]
+        graph, numbers, logits = self._graph(bucket)
+        numbers.copy_(Numbers.of(live, bucket, self.store.plan.prompts, self.store.plan.slots))
+        graph.replay()
+        return logits[: len(live)]
+
+    def _run(self, numbers: Numbers) -> torch.Tensor:
+        tokens, positions, slots, columns, own = numbers.rows
+        start, length = numbers.prompts
+        group_pass = DecodePass(self.store, slots, columns, own, start, length, numbers.offsets)
+        embeds = self.lm.module.get_input_embeddings()(tokens)
+        hidden = run_text(self.lm, Inputs(embeds, positions.expand(3, -1)), group_pass)
+        logits: torch.Tensor = self.lm.module.lm_head(hidden)
+        return logits
+
+    def _graph(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]:
+        """The graph of a bucket, its inputs and its output."""
+        weights = tuple(p.data_ptr() for p in self.lm.module.parameters())
+        if weights != self._weights:
+            self._captured.clear()
+            self._weights, self._pool = weights, None
+        key = (bucket, self.store.plan.prompts)
+        if key not in self._captured:
+            prompts, device = self.store.plan.prompts, self.lm.device
+            numbers = Numbers(
+                torch.zeros(5, bucket, dtype=torch.int64),
+                torch.zeros(2, prompts, dtype=torch.int64),
+                torch.zeros(prompts + 1, dtype=torch.int64),
+            ).to(device)
+            numbers.rows[2] = self.store.plan.slots  # what the capture writes goes to the slot of padding rows
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):  # compiles kernels and allocates workspaces, which a capture can't
+                self._run(numbers)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits = self._run(numbers)
+            self._pool = graph.pool()
+            self._captured[key] = (graph, numbers, logits)
+        return self._captured[key]

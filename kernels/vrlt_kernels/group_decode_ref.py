@@ -53,16 +53,18 @@ def decode_cpu(x: Arguments, scale: float) -> torch.Tensor:
 
     K and V are read where they lie, except suffixes whose slots aren't evenly spaced.
     """
-    out = torch.zeros_like(x.query)
+    query = x.query.unflatten(1, (-1, x.ratio))
+    lse = torch.full(query.shape[:-1], -torch.inf, dtype=compute_dtype(query))
+    shared, own = (torch.zeros_like(query), lse), (torch.zeros_like(query), lse.clone())
     slots, lengths = x.slots.tolist(), x.suffix_length.tolist()
     for first, last, start, length in _groups(x):
-        query = x.query[first:last].unflatten(1, (-1, x.ratio))
-        runs = [_suffix(x, query, first, run, slots, lengths, scale) for run in _runs(lengths, first, last)]
-        own = (torch.cat([r[0] for r in runs]), torch.cat([r[1] for r in runs])) if len(runs) > 1 else runs[0]
         if length:
-            own = _merged(_prefix(x, query, slice(start, start + length), scale), own)
-        out[first:last] = own[0].flatten(1, 2)
-    return out
+            _put(shared, first, last, _prefix(x, query[first:last], slice(start, start + length), scale))
+    for first, last in _runs(lengths, int(x.row_offsets[-1])):
+        if lengths[first]:
+            mine = slots[first:last], x.slots[first:last]
+            _put(own, first, last, _suffix(x, query[first:last], mine, lengths[first], scale))
+    return _merged(shared, own).flatten(1, 2)
 
 
 def _groups(x: Arguments) -> Iterator[Tuple[int, int, int, int]]:
@@ -73,13 +75,18 @@ def _groups(x: Arguments) -> Iterator[Tuple[int, int, int, int]]:
             yield ends[i], ends[i + 1], start, length
 
 
-def _runs(lengths: List[int], first: int, last: int) -> Iterator[Tuple[int, int]]:
-    """Rows first..last cut where the length changes."""
-    begin = first
-    for row in range(first + 1, last + 1):
-        if row == last or lengths[row] != lengths[begin]:
+def _runs(lengths: List[int], rows: int) -> Iterator[Tuple[int, int]]:
+    """The first rows cut where the length changes."""
+    begin = 0
+    for row in range(1, rows + 1):
+        if row == rows or lengths[row] != lengths[begin]:
             yield begin, row
             begin = row
+
+
+def _put(to: Part, first: int, last: int, part: Part) -> None:
+    for whole, piece in zip(to, part, strict=True):
+        whole[first:last] = piece
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Part:
@@ -98,30 +105,26 @@ def _prefix(x: Arguments, query: torch.Tensor, tokens: slice, scale: float) -> P
 
 
 def _suffix(
-    x: Arguments, query: torch.Tensor, base: int, run: Tuple[int, int], slots: List[int], lengths: List[int],
-    scale: float,
-) -> Part:  # fmt: skip
-    """Rows of a run as a batch; ``base`` is the row that ``query`` [rows, Hk, ratio, d] begins with."""
-    first, last = run
-    mine, length = query[first - base : last - base], lengths[first]
-    if length == 0:
-        lse = mine.new_full(mine.shape[:-1], -torch.inf, dtype=compute_dtype(mine))
-        return torch.zeros_like(mine), lse
-    wanted = slots[first:last]
+    x: Arguments, query: torch.Tensor, slots: Tuple[List[int], torch.Tensor], length: int, scale: float
+) -> Part:
+    """Rows with equally long suffixes as a batch; their slots as numbers and as a tensor."""
+    wanted, at = slots
     step = wanted[1] - wanted[0] if len(wanted) > 1 else 1
     key, value = x.suffix_key[:, :length], x.suffix_value[:, :length]
     if step > 0 and wanted == list(range(wanted[0], wanted[-1] + 1, step)):
         key, value = (cache[wanted[0] : wanted[-1] + 1 : step] for cache in (key, value))
     else:
-        key, value = (cache.index_select(0, x.slots[first:last]) for cache in (key, value))
-    return _flash(mine, key.transpose(1, 2), value.transpose(1, 2), scale)
+        key, value = (cache.index_select(0, at) for cache in (key, value))
+    return _flash(query, key.transpose(1, 2), value.transpose(1, 2), scale)
 
 
-def _merged(a: Part, b: Part) -> Part:
-    """Two parts as one; an empty part has log-sum-exp -inf, and not both are empty."""
-    lse = torch.logaddexp(a[1], b[1])
-    wide = a[0].to(lse.dtype) * (a[1] - lse).exp()[..., None] + b[0].to(lse.dtype) * (b[1] - lse).exp()[..., None]
-    return wide.to(a[0].dtype), lse
+def _merged(a: Part, b: Part) -> torch.Tensor:
+    """Two parts as one; an empty part is zeros with log-sum-exp -inf."""
+    top = torch.maximum(a[1], b[1]).clamp_(min=torch.finfo(a[1].dtype).min)
+    left, right = ((lse - top).exp_() for lse in (a[1], b[1]))
+    total = (left + right).clamp_(min=torch.finfo(top.dtype).tiny)
+    out = a[0] * (left / total)[..., None] + b[0] * (right / total)[..., None]
+    return out.to(a[0].dtype)
 
 
 __all__ = ["Arguments", "decode_cpu", "decode_formula"]

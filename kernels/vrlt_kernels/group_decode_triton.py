@@ -226,7 +226,7 @@ def launch_config(shape: Shape) -> Dict[str, Any]:
         "suffix_splits": max(1, min(-(-shape.columns // _SUFFIX_LEAST), _MOST_SPLITS)),
         "LEAST": least,
         "BLOCK_M": block_m,
-        "SUFFIX_M": min(most, max(16, triton.next_power_of_2(shape.ratio))),
+        "SUFFIX_M": max(16, triton.next_power_of_2(shape.ratio)),  # all of a row, in one tile
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
         "num_warps": 8 if block_m > 64 else 4,

@@ -136,6 +136,10 @@ def test_prefix_lengths_about_a_block(generator: torch.Generator, backend: str, 
     check(problem(generator, rows=[1], prefixes=[length], suffixes=[1], ratio=1))
 
 
+def test_more_heads_than_a_tile(generator: torch.Generator, backend: str) -> None:
+    check(problem(generator, rows=[1], prefixes=[20], suffixes=[3], ratio=20))
+
+
 def test_a_suffix_in_splits(generator: torch.Generator, backend: str) -> None:
     check(problem(generator, rows=[1, 2], prefixes=[40, 3], suffixes=[1100, 512, 513], ratio=2))
 

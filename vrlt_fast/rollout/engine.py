@@ -30,6 +30,8 @@ from vrlt_kernels import GroupSpans
 class GroupEngine:
     """Rollouts on the weights of ``lm``, which may change between calls. ``cache``: of a frozen tower's embeddings."""
 
+    decoder_type = Decoder
+
     def __init__(self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None):
         self.lm, self.config, self.cache = lm, config or RolloutConfig(), cache
         self._decoder: Decoder | None = None
@@ -89,7 +91,7 @@ class GroupEngine:
         kept = self._decoder.store if self._decoder is not None else None
         if self._decoder is None or kept is None or kept.shape != shape or not kept.plan.holds(plan):
             self._decoder = kept = None  # the old buffers go before the new ones come
-            self._decoder = Decoder(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
+            self._decoder = self.decoder_type(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
         self._decoder.store.clear()
         return self._decoder
 

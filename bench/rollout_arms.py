@@ -1,0 +1,184 @@
+"""Models of random weights, prompts of random pictures, and the ways to roll out that are compared."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vrlt_fast.config import ModelConfig, PromptConfig, RolloutConfig
+from vrlt_fast.data.sample import Sample
+from vrlt_fast.model.attention import PASS, SEGMENTS
+from vrlt_fast.model.load import MODELS, VideoLM, load_model
+from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.model.tiny import build_tiny
+from vrlt_fast.model.vision import normalise
+from vrlt_fast.rollout import engine
+from vrlt_fast.rollout.decode import Decoder, Numbers
+from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.video.preprocess import Clip
+
+SAMPLE = {"id": "a", "video": "a.mp4", "duration": 60.0, "task": "videoqa", "question": "Which colour comes first?"}
+SAMPLE |= {"options": ["red", "green"], "answer": "A"}
+PAIR = (1, 16, 16)
+"""Grid of a frame pair in patches: 64 tokens."""
+QWEN = {
+    "3b": {"text": (2048, 11008, 36, 16, 2, 151936), "vision": (1280, 3420, 32, 16)},
+    "7b": {"text": (3584, 18944, 28, 28, 4, 152064), "vision": (1280, 3420, 32, 16)},
+}
+"""Qwen2.5-VL: hidden, MLP, layers, heads, KV heads, vocabulary; the tower's hidden, MLP, depth, heads."""
+
+
+def make_model(size: str, device: torch.device, context: int) -> VideoLM:
+    """A Qwen2.5-VL of random weights: the demo's ("toy", fp32), or of a released one's shape ("3b", "7b", bf16). No
+    token ends a response, so that all arms draw as many.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "train.jsonl"
+        data.write_text(json.dumps(SAMPLE) + "\n", encoding="utf-8")
+        build_tiny(Path(folder) / "model", train_jsonl=data, seed=0)
+        lm = load_model(
+            ModelConfig(name=str(Path(folder) / "model"), dtype="float32", device="cpu", freeze_vision=False)
+        )
+    info = dataclasses.replace(lm.info, stop_tokens=(), context=context)
+    if size == "toy":
+        lm.module.eval()
+        return VideoLM(info, lm.module.to(device))
+    config = copy.deepcopy(info.config)
+    text, vision = config.text_config, config.vision_config
+    (text.hidden_size, text.intermediate_size, text.num_hidden_layers) = QWEN[size]["text"][:3]
+    (text.num_attention_heads, text.num_key_value_heads, text.vocab_size) = QWEN[size]["text"][3:]
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text.layer_types = ["full_attention"] * text.num_hidden_layers
+    text.max_position_embeddings, text.tie_word_embeddings = context, False
+    (vision.hidden_size, vision.intermediate_size, vision.depth, vision.num_heads) = QWEN[size]["vision"]
+    vision.out_hidden_size, vision.fullatt_block_indexes = text.hidden_size, [7, 15, 23, 31]
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            module = MODELS[info.family](config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    module.eval()
+    module.model.visual.config._attn_implementation = SEGMENTS
+    module.model.language_model.config._attn_implementation = PASS
+    return VideoLM(dataclasses.replace(info, config=config), module)
+
+
+def make_prompt(lm: VideoLM, tokens: int, seed: int) -> Prompt:
+    """A prompt of about so many tokens: frame pairs of random pictures between their timestamps, and a question."""
+    sample = Sample(**{**SAMPLE, "options": tuple(SAMPLE["options"])})  # type: ignore[arg-type]
+    layout = PromptConfig(video_layout="interleaved", think=False)
+    generator = torch.Generator().manual_seed(seed)
+
+    def with_pairs(n: int) -> Prompt:
+        grid = (n, *PAIR[1:])
+        size = (n * PAIR[1] * PAIR[2], 6 * lm.info.geometry.patch**2)
+        patches = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        times = tuple(i / 2 for i in range(2 * n))
+        return encode_prompt(lm.info, sample, Clip(patches, grid, times, 1.0, f"{seed}-{n}", lm.info.geometry), layout)
+
+    one, two = len(with_pairs(1)), len(with_pairs(2))
+    return with_pairs(max(1, round((tokens - one) / (two - one)) + 1))
+
+
+class PerRow(Decoder):
+    """The same steps with the prefix read once a row: every row is a group of its own."""
+
+    def _run(self, numbers: Numbers) -> torch.Tensor:
+        rows = numbers.rows.shape[1]
+        row = torch.arange(rows + 1, device=numbers.rows.device)
+        group = torch.searchsorted(numbers.offsets[1:], row[:-1], right=True).clamp(max=numbers.prompts.shape[1] - 1)
+        return super()._run(Numbers(numbers.rows, numbers.prompts[:, group], row))
+
+
+@dataclass
+class Arm:
+    """A way to roll out: ``run(temperature)`` returns the tokens of all rows, by prompt."""
+
+    name: str
+    run: Callable[[float], list[list[tuple[int, ...]]]]
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    groups: list[Group] = field(default_factory=list)
+
+
+def our_arm(name: str, lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, **how: Any) -> Arm:
+    """The group engine; ``decoder=PerRow`` reads prefixes once a row."""
+    decoder = how.pop("decoder", Decoder)
+    made = engine.GroupEngine(lm, RolloutConfig(**how))
+    made.decoder_type = decoder
+
+    def run(temperature: float) -> list[list[tuple[int, ...]]]:
+        sampling = Sampling(length, temperature)
+        arm.groups, arm.stats = made.generate([RolloutRequest(p, rows, sampling, i) for i, p in enumerate(prompts)])
+        return [[c.tokens for c in g.completions] for g in arm.groups]
+
+    arm = Arm(name, run)
+    return arm
+
+
+def hf_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, cache: str) -> Arm:
+    """transformers' generate with num_return_sequences, sdpa attention; ``cache`` dynamic or static."""
+
+    def run(temperature: float) -> list[list[tuple[int, ...]]]:
+        text = lm.module.model.language_model.config
+        text._attn_implementation = "sdpa"
+        how: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        try:
+            found = []
+            for prompt in prompts:
+                ids = prompt.ids[None].to(lm.device)
+                t, h, w = prompt.clip.grid
+                out = lm.module.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    mm_token_type_ids=2 * (ids == lm.info.video_token).int(),
+                    pixel_values_videos=normalise(lm, prompt.clip.patches.to(lm.device)),
+                    video_grid_thw=torch.tensor([[1, h, w]] * t, device=lm.device),
+                    second_per_grid_ts=[prompt.clip.seconds_per_grid] * t,
+                    num_return_sequences=rows if temperature > 0 else 1,
+                    max_new_tokens=length,
+                    min_new_tokens=length,
+                    suppress_tokens=list(lm.info.visual_tokens),
+                    cache_implementation=cache if cache == "static" else None,
+                    disable_compile=True,
+                    eos_token_id=None,
+                    pad_token_id=lm.info.pad_token,
+                    **how,
+                )
+                found.append([tuple(row) for row in out[:, ids.shape[1] :].tolist()])
+            return found
+        finally:
+            text._attn_implementation = PASS
+
+    return Arm(f"HF generate, {cache} cache", run)
+
+
+def full_forward_logprobs(lm: VideoLM, prompt: Prompt, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probs [n] of a response by transformers' forward over the whole row, at our positions."""
+    ids = torch.cat([prompt.ids, torch.tensor(tokens)])[None].to(lm.device)
+    after = torch.arange(len(tokens)).expand(3, -1) + prompt.next_position
+    t, h, w = prompt.clip.grid
+    with torch.no_grad():
+        logits = lm.module(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.cat([prompt.positions, after], dim=1)[:, None].to(lm.device),
+            pixel_values_videos=normalise(lm, prompt.clip.patches.to(lm.device)),
+            video_grid_thw=torch.tensor([[1, h, w]] * t, device=lm.device),
+        ).logits[0, len(prompt) - 1 : -1]
+    scores = logits.float().log_softmax(-1)
+    logprobs: torch.Tensor = scores.gather(1, torch.tensor(tokens, device=lm.device)[:, None])[:, 0].cpu()
+    return logprobs

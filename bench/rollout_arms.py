@@ -30,45 +30,48 @@ SAMPLE = {"id": "a", "video": "a.mp4", "duration": 60.0, "task": "videoqa", "que
 SAMPLE |= {"options": ["red", "green"], "answer": "A"}
 PAIR = (1, 16, 16)
 """Grid of a frame pair in patches: 64 tokens."""
-QWEN = {
-    "3b": {"text": (2048, 11008, 36, 16, 2, 151936), "vision": (1280, 3420, 32, 16)},
-    "7b": {"text": (3584, 18944, 28, 28, 4, 152064), "vision": (1280, 3420, 32, 16)},
+SHAPES = {
+    "toy": {"text": (512, 1536, 6, 8, 2, 768), "vision": (128, 256, 2, 4), "rope": [8, 12, 12]},
+    "3b": {"text": (2048, 11008, 36, 16, 2, 151936), "vision": (1280, 3420, 32, 16), "rope": [16, 24, 24]},
+    "7b": {"text": (3584, 18944, 28, 28, 4, 152064), "vision": (1280, 3420, 32, 16), "rope": [16, 24, 24]},
 }
-"""Qwen2.5-VL: hidden, MLP, layers, heads, KV heads, vocabulary; the tower's hidden, MLP, depth, heads."""
+"""Hidden, MLP, layers, heads, KV heads, vocabulary; the tower's hidden, MLP, depth, heads; sections of the rotation. 3b
+and 7b are Qwen2.5-VL's, toy has 20 million parameters.
+"""
 
 
 def make_model(size: str, device: torch.device, context: int) -> VideoLM:
-    """A Qwen2.5-VL of random weights: the demo's ("toy", fp32), or of a released one's shape ("3b", "7b", bf16). No
-    token ends a response, so that all arms draw as many.
+    """A Qwen2.5-VL of random weights: the demo's ("demo"), or of one of ``SHAPES``; bf16 on CUDA, else fp32. No token
+    ends a response, so that all arms draw as many.
     """
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.jsonl"
         data.write_text(json.dumps(SAMPLE) + "\n", encoding="utf-8")
         build_tiny(Path(folder) / "model", train_jsonl=data, seed=0)
-        lm = load_model(
-            ModelConfig(name=str(Path(folder) / "model"), dtype="float32", device="cpu", freeze_vision=False)
-        )
+        name = str(Path(folder) / "model")
+        lm = load_model(ModelConfig(name=name, dtype="float32", device="cpu", freeze_vision=False))
     info = dataclasses.replace(lm.info, stop_tokens=(), context=context)
-    if size == "toy":
+    if size == "demo":
         lm.module.eval()
         return VideoLM(info, lm.module.to(device))
-    config = copy.deepcopy(info.config)
+    config, shape = copy.deepcopy(info.config), SHAPES[size]
     text, vision = config.text_config, config.vision_config
-    (text.hidden_size, text.intermediate_size, text.num_hidden_layers) = QWEN[size]["text"][:3]
-    (text.num_attention_heads, text.num_key_value_heads, text.vocab_size) = QWEN[size]["text"][3:]
-    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    (text.hidden_size, text.intermediate_size, text.num_hidden_layers) = shape["text"][:3]
+    (text.num_attention_heads, text.num_key_value_heads, text.vocab_size) = shape["text"][3:]
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["rope"]}
     text.layer_types = ["full_attention"] * text.num_hidden_layers
     text.max_position_embeddings, text.tie_word_embeddings = context, False
-    (vision.hidden_size, vision.intermediate_size, vision.depth, vision.num_heads) = QWEN[size]["vision"]
-    vision.out_hidden_size, vision.fullatt_block_indexes = text.hidden_size, [7, 15, 23, 31]
+    (vision.hidden_size, vision.intermediate_size, vision.depth, vision.num_heads) = shape["vision"]
+    vision.out_hidden_size = text.hidden_size
+    vision.fullatt_block_indexes = [7, 15, 23, 31] if vision.depth == 32 else [vision.depth - 1]
     config.tie_word_embeddings = False
     torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        try:
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        with torch.device(device):
             module = MODELS[info.family](config)
-        finally:
-            torch.set_default_dtype(torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
     module.eval()
     module.model.visual.config._attn_implementation = SEGMENTS
     module.model.language_model.config._attn_implementation = PASS

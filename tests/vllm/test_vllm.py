@@ -52,8 +52,6 @@ def engine(lm):
     engine.sync(lm)
     yield engine
     engine.close()
-    engine.close()
-    assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="module")
@@ -233,14 +231,18 @@ def test_refuses_what_it_cannot_do(lm, engine, clips, monkeypatch):
         engine.generate(asked)
 
 
-def test_a_start_that_fails_is_a_coded_error(lm):
-    with pytest.raises(SetupError) as failed:
-        VllmEngine(lm, VllmConfig(max_model_len=1_000_000))
-    assert (failed.value.code, failed.value.exit_code) == ("VRLT-E04", 4)
+def test_a_start_that_fails_is_a_coded_error(lm, engine):
+    """Beside another vLLM, and with a length that the model hasn't. Closes the engine of the tests before."""
+    for why in ("process group", "max_model_len"):
+        with pytest.raises(SetupError, match=why) as failed:
+            VllmEngine(lm, VllmConfig(max_model_len=1_000_000))
+        assert (failed.value.code, failed.value.exit_code) == ("VRLT-E04", 4)
+        engine.close()
+        assert not torch.distributed.is_initialized()
 
 
 def test_a_run_trains_with_it(demo, tiny_folder, tmp_path):
-    """Comes last: a second vLLM in the process, after the first one was closed."""
+    """Comes last: another vLLM in the process, after the first one was closed."""
     tree = {
         "model": {"name": str(tiny_folder), "dtype": "float32", "device": "cpu"},
         "data": {"train": str(demo / "train.jsonl"), "eval": str(demo / "heldout.jsonl")},

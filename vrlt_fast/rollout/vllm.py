@@ -65,7 +65,8 @@ class VllmEngine:
         self._lm: VideoLM = lm
         self._sync_seconds: float | None = None
         self._scale = 1.0
-        self._owns_process_group = not torch.distributed.is_initialized()
+        if torch.distributed.is_initialized():  # vLLM would take it for its own, and end it when it stops
+            raise _no_start("there is a process group already", "train in one process, with one vLLM at a time")
         threads = torch.get_num_threads()
         python_state = random.getstate()
         with torch.random.fork_rng():  # vLLM seeds the whole process
@@ -132,17 +133,10 @@ class VllmEngine:
         return groups, stats
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back. A process group that was there before it is left alone."""
-        if self._llm is None:
-            return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
-
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        if self._owns_process_group:
-            cleanup_dist_env_and_memory()
-        else:
-            destroy_model_parallel()
+        """Stop vLLM and give its memory back."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """Embeddings [visual tokens, hidden] of each prompt's clip on the host, one tensor a clip."""
@@ -260,8 +254,12 @@ def _start(lm: VideoLM, options: VllmConfig, engine_args: dict[str, object]) -> 
     try:
         return LLM(**(arguments | engine_args))
     except (RuntimeError, ValueError) as error:  # no room for the weights, or for one response of max_model_len
-        why, fix = str(error).strip().splitlines()[-1], "change vllm.gpu_memory_utilization or vllm.max_model_len"
-        raise SetupError(Problem("VRLT-E04", "vLLM doesn't start", "vllm", why, fix)) from error
+        fix = "change vllm.gpu_memory_utilization or vllm.max_model_len"
+        raise _no_start(str(error).strip().splitlines()[-1], fix) from error
+
+
+def _no_start(why: str, fix: str) -> SetupError:
+    return SetupError(Problem("VRLT-E04", "vLLM doesn't start", "rollout.engine", why, fix))
 
 
 def _repack_tied_head(model: Any) -> None:

@@ -255,7 +255,8 @@ def _start(lm: VideoLM, options: VllmConfig, engine_args: dict[str, object]) -> 
         return LLM(**(arguments | engine_args))
     except (RuntimeError, ValueError) as error:  # no room for the weights, or for one response of max_model_len
         fix = "change vllm.gpu_memory_utilization or vllm.max_model_len"
-        raise _no_start(str(error).strip().splitlines()[-1], fix) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and "pydantic.dev" not in line]
+        raise _no_start(lines[-1] if lines else type(error).__name__, fix) from error
 
 
 def _no_start(why: str, fix: str) -> SetupError:

@@ -66,6 +66,7 @@ def run(argv: Sequence[str]) -> None:
         engine.sync(lm)
         records = _records(engine, lm, prompts)
         engine.close()
+        records += _bfloat16(tiny, data)
     write_result("vllm", "cpu", records, claims, seed=SEED)
 
 
@@ -123,18 +124,41 @@ def _scored(engine: VllmEngine, lm: VideoLM, prompts: Sequence[Prompt]) -> list[
     records = []
     for name, sampling in SAMPLINGS.items():
         groups, again = (engine.generate(_requests(prompts, 8, sampling))[0] for _ in range(2))
-        rows = [[response_row(p, c.tokens) for c in g.completions] for p, g in zip(prompts, groups, strict=True)]
-        layout = build_layout(prompts, rows, pad=lm.info.pad_token)
-        with torch.no_grad():
-            expected, _ = target_logprobs(lm, layout, shared_vision(lm, prompts), sampling.temperature)
-        made = torch.cat([c.logprobs for g in groups for c in g.completions])
+        apart = float(_apart(lm, prompts, groups, sampling.temperature).max())
         same = [float(a == b) for a, b in zip(_tokens(groups), _tokens(again), strict=True)]
         records += [
-            summarize(ARM, name, "largest difference from scoring", "nats", [float((made - expected).abs().max())]),
+            summarize(ARM, name, "largest difference from scoring", "nats", [apart]),
             summarize(ARM, name, "responses", "", [len(same)]),
             summarize(ARM, name, "responses that the same seeds repeat", "", [sum(same)]),
         ]
     return records
+
+
+def _bfloat16(tiny: Path, data: Path) -> list[Record]:
+    """How far each engine's log-probs are from scoring in bf16."""
+    lm = load_model(ModelConfig(name=str(tiny), dtype="bfloat16", device="cpu"))
+    _change(lm, 0, 1.5)
+    prompts = _prompts(lm, data, "native")
+    engine = VllmEngine(lm, VllmConfig(max_model_len=1024, enforce_eager=True), block_size=BLOCK)
+    engine.sync(lm)
+    asked = _requests(prompts, 8, SAMPLINGS["temperature 1"])
+    records = []
+    for arm, groups in ((ARM, engine.generate(asked)[0]), ("ours", generate(lm, asked)[0])):
+        apart = _apart(lm, prompts, groups, 1.0)
+        mean, most = float(apart.mean()), float(apart.max())
+        records.append(summarize(arm, "bf16, temperature 1", "mean difference from scoring, bf16", "nats", [mean]))
+        records.append(summarize(arm, "bf16, temperature 1", "largest difference from scoring, bf16", "nats", [most]))
+    engine.close()
+    return records
+
+
+def _apart(lm: VideoLM, prompts: Sequence[Prompt], groups: Sequence[Group], temperature: float) -> torch.Tensor:
+    """Differences [tokens] of the groups' log-probs from the scoring that training uses."""
+    rows = [[response_row(p, c.tokens) for c in g.completions] for p, g in zip(prompts, groups, strict=True)]
+    layout = build_layout(prompts, rows, pad=lm.info.pad_token)
+    with torch.no_grad():
+        expected, _ = target_logprobs(lm, layout, shared_vision(lm, prompts), temperature)
+    return (torch.cat([c.logprobs for g in groups for c in g.completions]) - expected).abs()
 
 
 def _tokens(groups: Sequence[Group]) -> list[tuple[int, ...]]:
@@ -193,4 +217,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         f"{values[shape, 'responses']:.0f} | {values[shape, 'largest difference of a log-prob']:.1e} |"
         for shape in dict.fromkeys(r.shape for r in records if r.metric == "responses with our tokens")
     ]
-    return {"engines": "\n".join(rows)}
+    kinds = ("mean difference from scoring, bf16", "largest difference from scoring, bf16")
+    found = {(r.arm, r.metric): r.median for r in records}
+    low = ["| bf16, sampled at temperature 1 | mean difference of a log-prob from scoring | largest |", "|---|---|---|"]
+    low += [f"| {arm} | {found[arm, kinds[0]]:.1e} | {found[arm, kinds[1]]:.1e} |" for arm in (ARM, "ours")]
+    return {"engines": "\n".join(rows), "bf16": "\n".join(low)}

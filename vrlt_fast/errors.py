@@ -53,6 +53,7 @@ CODES: dict[str, str] = {
     "VRLT-E01": "optional package missing",
     "VRLT-E02": "device not available",
     "VRLT-E03": "needs a source checkout",
+    "VRLT-E04": "vLLM doesn't start",
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
     "VRLT-S03": "logits of a rollout not finite",

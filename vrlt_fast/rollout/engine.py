@@ -57,6 +57,15 @@ class GroupEngine:
         finally:
             self.lm.module.train()
 
+    def sync(self, lm: VideoLM) -> None:
+        """Nothing is copied: it samples from the weights that are trained."""
+        if lm is not self.lm:
+            self.lm, self._decoder = lm, None
+
+    def close(self) -> None:
+        """Give the buffers back."""
+        self._decoder = None
+
     def _check(self, requests: Sequence[RolloutRequest]) -> None:
         if not requests or min(r.n for r in requests) < 1:
             what = "a rollout needs at least one request and n >= 1 responses each"

@@ -28,6 +28,7 @@ from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
+from vrlt_fast.rollout.vllm import check_vllm
 from vrlt_fast.video.cache import upright
 from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.index import VideoIndex, probe
@@ -75,6 +76,8 @@ def read_inputs(config: Config) -> Inputs:
     info = inspect_model(config.model.name)
     pick_device(config.model.device)
     check_writers(config.log.to)
+    if config.rollout.engine == "vllm":
+        check_vllm(info.family)
     train = read_split(config, "train")
     heldout: list[Sample] = []
     if config.data.eval:

@@ -15,7 +15,7 @@ from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
 from vrlt_fast.rewards.dual import dual_reward, unshaped
-from vrlt_fast.rollout.engine import GroupEngine
+from vrlt_fast.rollout.engines import open_engine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
@@ -34,6 +34,10 @@ class Stage(Protocol):
 
     def step(self, step: int) -> Record:
         """One optimizer step (from 1): the train record."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the stage holds beside the model."""
         ...
 
 
@@ -88,6 +92,9 @@ class SftStage:
         videos = {p.clip.key: p for p in prompts if p.sample.timeline}
         return [encode_narration(self.lm.info, p.sample, p.clip, p.asked) for p in videos.values()]
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 class GrpoStage:
     """Group rollouts, the dual reward, and the clipped update against a frozen reference.
@@ -108,7 +115,7 @@ class GrpoStage:
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
-        self._engine = GroupEngine(lm, config.rollout, cache)
+        self._engine = open_engine(config, lm, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -138,10 +145,15 @@ class GrpoStage:
                 scored[id(group.request)] = one
                 self._keep(completion_records([one], step))
 
+        self._engine.sync(self.lm)
         _, rolled = self._engine.generate(requests, finish)
         clock.phases |= rolled.seconds
         clock.phases["generate"] -= clock.phases["reward"]
         return [scored[id(request)] for request in requests], rolled
+
+    def close(self) -> None:
+        """Close the rollout engine."""
+        self._engine.close()
 
     def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
         rollout = self.config.rollout

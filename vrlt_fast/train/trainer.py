@@ -193,6 +193,7 @@ class Trainer:
                 self._after_step(stage, name, step)
         if not steps:
             self._save(stage, name, 0, final=True)
+        stage.close()
 
     def _make_stage(self, name: str) -> Stage:
         config = self.config

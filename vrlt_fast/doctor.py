@@ -121,6 +121,7 @@ def _kernels(gpu: bool) -> Iterator[Way]:
     what = {
         "triton": "all operators, on CUDA",
         "native": "the row operators, C++ on the CPU (on CUDA as asked)",
+        "flash": "group_attention on torch's flash attention",
         "reference": "plain PyTorch, where no faster one runs",
     }
     for name, obstacle in availability("cuda" if gpu else "cpu").items():

@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each arm (CPU)")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024, 4096], help="prompt tokens (CPU)")
-    parser.add_argument("--length", type=int, default=64, help="response tokens (CPU)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128], help="response tokens (CPU)")
     parser.add_argument("--sizes", nargs="+", default=["toy", "demo"], help="models (CPU): toy, demo")
     parser.add_argument("--minutes", type=float, default=6.0, help="no cell begins later than this (CUDA)")
     parser.add_argument("--small", action="store_true", help="whether it works, not how fast it is")
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     path = options.out / f"{CASE}.{name}.json" if options.out else None
     records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
     if device.type == "cpu" and not options.small:
-        cells = [(size, tokens, options.length) for size in options.sizes for tokens in options.prompts]
+        cells = [(s, p, n) for s in options.sizes for p in options.prompts for n in options.lengths]
         steps: Iterator[list[Record]] = (rollout_run.cpu_cell(*cell, GROUP, options.rounds, SEED) for cell in cells)
     else:
         steps = rollout_run.gpu_cells(device, GROUP, SEED, small=options.small)
@@ -78,11 +78,11 @@ def claims(records: list[Record]) -> list[Claim]:
 def _cpu_claims(table: dict[tuple[str, str, str], float]) -> list[Claim]:
     found = []
     for label, target in (("1k", 3.0), ("4k", 5.0)):
-        shape = f"toy, prompt {label}, 64 tokens"
+        shape = f"toy, prompt {label}, 32 tokens"
         theirs = [v for (arm, s, m), v in table.items() if arm.startswith("HF") and (s, m) == (shape, "rate")]
         ours = table.get(("group engine", shape, "rate"))
         if theirs and ours:
-            text = f"tokens/s over HF generate's better cache, prompt of {label}, {GROUP} rows, prefill included"
+            text = f"tokens/s over HF generate's better cache, prompt of {label}, {GROUP} rows of 32, prefill included"
             found.append(Claim(f"rollout.cpu.{label}", text, ours / max(theirs), target))
     return found
 

@@ -138,7 +138,7 @@ def stage_of(kind, config, reference=True, keep=lambda lines: None):
         return SftStage(config, lm, feed, feed.videos(config.sft.batch, 1), optimizer)
     twin = load_model(config.model, inputs.info) if reference else None
     optimizer = make_optimizer(lm, config.optim, config.grpo.lr)
-    return GrpoStage(config, lm, twin, feed, feed.questions(config.rollout.prompts, 1), optimizer, keep)
+    return GrpoStage(config, lm, twin, feed, feed.questions(config.rollout.prompts, 1), optimizer, keep=keep)
 
 
 def test_sft_steps_lower_the_loss(make_config):

@@ -110,6 +110,7 @@ class GrpoStage:
         feed: Feed,
         stream: BatchStream,
         optimizer: MasterAdamW,
+        *,
         keep: Callable[[list[Record]], None],
         cache: EmbeddingCache | None = None,
     ):

@@ -203,9 +203,8 @@ class Trainer:
             return SftStage(config, self.lm, self.feed, self.feed.videos(config.sft.batch, seed), optimizer)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
         stream = self.feed.questions(config.rollout.prompts, seed)
-        return GrpoStage(
-            config, self.lm, self._reference(), self.feed, stream, optimizer, self.log.completions, self.embeds
-        )
+        reference, keep = self._reference(), self.log.completions
+        return GrpoStage(config, self.lm, reference, self.feed, stream, optimizer, keep=keep, cache=self.embeds)
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder."""

@@ -99,7 +99,7 @@ class PerRow(Decoder):
     """The same steps with the prefix read once a row: every row is a group of its own."""
 
     def _run(self, numbers: Numbers) -> torch.Tensor:
-        rows = numbers.rows.shape[1]
+        rows, self.max_group = numbers.rows.shape[1], 1
         row = torch.arange(rows + 1, device=numbers.rows.device)
         group = torch.searchsorted(numbers.offsets[1:], row[:-1], right=True).clamp(max=numbers.prompts.shape[1] - 1)
         return super()._run(Numbers(numbers.rows, numbers.prompts[:, group], row))

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vrlt_kernels import GroupSpans, KernelInputError, group_attention, group_attention_ref
+from vrlt_kernels import (
+    GroupSpans,
+    KernelInputError,
+    chunk_attention,
+    chunk_attention_ref,
+    group_attention,
+    group_attention_ref,
+)
 from vrlt_kernels.group_attention import group_attention_bwd, group_attention_fwd
 
 CASES = [
@@ -124,6 +131,30 @@ def test_wrong_spans_are_named():
         GroupSpans.of([1, 2], [[1]])
     with pytest.raises(KernelInputError, match="at least 0"):
         GroupSpans.of([1], [[-1]])
+
+
+@pytest.mark.parametrize("past", [0, 1, 37])
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_chunk_sees_its_past(past, heads, seed):
+    """Against the tail of plain causal attention over the whole sequence."""
+    n = 11
+    whole = [x.detach() for x in tensors(GroupSpans.of([past + n], [[]]), heads, 16, seed)]
+    expected = group_attention(*whole, GroupSpans.of([past + n], [[]]), 0.2)[past:]
+    query, key, value = (x[past:] for x in whole)
+    pasts = [x[:past] for x in whole[1:]]
+    for function in (chunk_attention, chunk_attention_ref):
+        torch.testing.assert_close(function(query, key, value, *pasts, 0.2), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_a_chunk_with_gradients_or_another_past_is_refused(seed):
+    q, k, v = tensors(GroupSpans.of([4], [[]]), (2, 2), 8, seed)
+    with pytest.raises(KernelInputError, match="no_grad"):
+        chunk_attention(q, k, v, k, v)
+    q, k, v = (x.detach() for x in (q, k, v))
+    with pytest.raises(KernelInputError, match="past_key"):
+        chunk_attention(q, k, v, k.double(), v.double())
+    with pytest.raises(KernelInputError, match="past_value"):
+        chunk_attention(q, k, v, k, v[:2])
 
 
 def test_no_second_derivative(seed):

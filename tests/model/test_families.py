@@ -196,6 +196,30 @@ def test_rollouts_have_the_log_probs_that_are_trained_on(lm, sample, clips):
     assert stats.frames_encoded == 8 + 2 + 2
 
 
+def test_rollouts_have_the_log_probs_of_transformers_full_forward(lm, theirs, sample, clips, seed):
+    """Groups of 1 and 8 ragged rows in one call, no prefix shared on the other side."""
+    prompts = prompts_of(lm, sample, clips)
+    requests = [
+        RolloutRequest(p, n, Sampling(length, 1.0), seed=seed + i)
+        for i, (p, n, length) in enumerate(zip(prompts, (8, 1, 8), (9, 4, 6), strict=True))
+    ]
+    groups, _ = generate(lm, requests)
+    for group in groups:
+        prompt = group.request.prompt
+        for completion in group.completions:
+            ids = torch.cat([prompt.ids, torch.tensor(completion.tokens)])[None]
+            after = torch.arange(len(completion.tokens)).expand(3, -1) + prompt.next_position
+            with torch.no_grad():
+                logits = theirs(
+                    input_ids=ids,
+                    position_ids=torch.cat([prompt.positions, after], dim=1)[:, None],
+                    use_cache=False,
+                    **pixels(lm, prompt.media),
+                ).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+            torch.testing.assert_close(completion.logprobs, expected, atol=1e-5, rtol=0)
+
+
 def test_a_clip_that_stands_twice_is_encoded_once(lm, sample, clips, monkeypatch):
     prompts = prompts_of(lm, sample, clips)
     encoded = []

@@ -10,7 +10,9 @@ import torch
 
 from vrlt_fast.config import RolloutConfig
 from vrlt_fast.errors import ConfigError, DataError, Stopped
+from vrlt_fast.model.embed_cache import EmbeddingCache, vision_fingerprint
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.vision import shared_vision
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.kv import KvShape, KvStore, plan_kv
@@ -69,6 +71,21 @@ def test_four_groups_of_eight_cost_four_encodes_and_four_prefills(lm, prompts):
     steps = stats.decode_steps
     assert steps <= 8
     assert stats.prefix_tokens_read <= steps * sum(map(len, prompts))
+
+
+def test_a_warm_cache_saves_every_encode_and_changes_no_response(lm, prompts):
+    clips = {p.clip.key for p in prompts}
+    tower = lm.module.model.visual
+    memory = {"gpu_gb": 0.0, "host_gb": 0.1, "disk_gb": 0.0, "folder": None, "device": lm.device, "warn": print}
+    with EmbeddingCache(fingerprint=vision_fingerprint(tower), **memory) as cache:
+        engine = GroupEngine(lm, cache=cache)
+        first, cold = engine.generate(requests_of(prompts))
+        again, warm = engine.generate(requests_of(prompts))
+        assert (cold.clips_encoded, warm.clips_encoded, warm.frames_encoded) == (len(clips), 0, 0)
+        same(again, first)
+        same(first, GroupEngine(lm).generate(requests_of(prompts))[0])
+        held = shared_vision(lm, prompts, cache)
+        torch.testing.assert_close(held.embeds, shared_vision(lm, prompts).embeds, atol=1e-5, rtol=1e-5)
 
 
 def test_requests_for_one_prompt_share_its_prefill(lm, prompts):

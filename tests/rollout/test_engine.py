@@ -86,6 +86,9 @@ def test_draws_follow_the_distribution(seed):
     torch.testing.assert_close(
         share(Sampling(1, 1.0, top_p=0.7)), torch.tensor([0, 0, 0, 0.625, 0.375]), atol=0.02, rtol=0
     )
+    torch.testing.assert_close(
+        share(Sampling(1, 1.0, min_p=0.5)), torch.tensor([0, 0, 0, 0.625, 0.375]), atol=0.02, rtol=0
+    )
     squared = probabilities**2 / (probabilities**2).sum()
     torch.testing.assert_close(share(Sampling(1, 0.5)), squared, atol=0.02, rtol=0)
 

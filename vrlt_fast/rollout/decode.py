@@ -69,7 +69,7 @@ class Decoder:
 
     def __init__(self, lm: VideoLM, store: KvStore, *, graphs: bool):
         self.lm, self.store = lm, store
-        self.graphs = graphs and lm.device.type == "cuda"
+        self.graphs, self.max_group = graphs and lm.device.type == "cuda", store.plan.group
         self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]] = {}
         self._weights: tuple[int, ...] = ()
         self._pool: Any = None
@@ -91,7 +91,8 @@ class Decoder:
     def _run(self, numbers: Numbers) -> torch.Tensor:
         tokens, positions, slots, columns, own = numbers.rows
         start, length = numbers.prompts
-        group_pass = DecodePass(self.store, slots, columns, own, start, length, numbers.offsets)
+        most = min(self.max_group, len(tokens))
+        group_pass = DecodePass(self.store, slots, columns, own, start, length, numbers.offsets, most)
         embeds = self.lm.module.get_input_embeddings()(tokens)
         hidden = run_text(self.lm, Inputs(embeds, positions.expand(3, -1)), group_pass)
         logits: torch.Tensor = self.lm.module.lm_head(hidden)

@@ -31,16 +31,20 @@ class KvShape:
 
 @dataclass(frozen=True)
 class KvPlan:
-    """Room for ``tokens`` of at most ``prompts`` prompts at a time, and ``slots`` responses of ``length`` tokens."""
+    """Room for ``tokens`` of at most ``prompts`` prompts at a time, and ``slots`` responses of ``length`` tokens;
+    ``longest`` prompt and most rows of a prompt (``group``) that it is made for.
+    """
 
     tokens: int
     prompts: int
     slots: int
     length: int
+    longest: int
+    group: int
 
     def holds(self, other: KvPlan) -> bool:
         """Whether everything that fits into ``other`` fits here."""
-        return all(getattr(self, name) >= getattr(other, name) for name in ("tokens", "prompts", "slots", "length"))
+        return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
 
 
 def budget_bytes(gigabytes: float, device: torch.device) -> int:
@@ -67,10 +71,10 @@ def plan_kv(
     per, longest, most = shape.token_bytes, max(prefixes), min(max(rows), max_rows)
     slots = min(sum(rows), max_rows)
     if per * (sum(prefixes) + slots * length) <= budget:
-        return KvPlan(sum(prefixes), len(prefixes), slots, length)
+        return KvPlan(sum(prefixes), len(prefixes), slots, length, longest, most)
     resident = budget // (per * (longest + most * length))
     if resident:
-        return KvPlan(resident * longest, resident, min(resident * most, max_rows), length)
+        return KvPlan(resident * longest, resident, min(resident * most, max_rows), length, longest, most)
     fit = (budget // per - longest) // length
     if fit < 1:
         needed = per * (longest + length) / 1e9
@@ -83,7 +87,7 @@ def plan_kv(
                 fix="raise rollout.kv_gb, or lower rollout.max_new_tokens, video.max_frames or video.max_pixels",
             )
         )
-    return KvPlan(longest, 1, int(min(fit, most)), length)
+    return KvPlan(longest, 1, int(min(fit, most)), length, longest, int(min(fit, most)))
 
 
 class KvStore:

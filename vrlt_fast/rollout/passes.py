@@ -39,7 +39,8 @@ class DecodePass:
     """One new token a row, rows sorted by prompt: the shared prefix, read once a prompt, and the row's own tokens.
 
     All int64: ``slots`` and ``columns`` [rows], where the row's new keys and values go; ``own_length`` [rows], the new
-    token counted; ``prefix_start`` and ``prefix_length`` [prompts]; ``row_offsets`` [prompts + 1].
+    token counted; ``prefix_start`` and ``prefix_length`` [prompts]; ``row_offsets`` [prompts + 1]. No prompt has more
+    than ``max_group`` rows.
     """
 
     store: KvStore
@@ -49,6 +50,7 @@ class DecodePass:
     prefix_start: torch.Tensor
     prefix_length: torch.Tensor
     row_offsets: torch.Tensor
+    max_group: int
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -67,4 +69,6 @@ class DecodePass:
             slots=self.slots,
             suffix_length=self.own_length,
             scale=scale,
+            max_prefix=self.store.plan.longest,
+            max_group=self.max_group,
         )

@@ -223,6 +223,7 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
         "prefix_tokens_prefilled": rolled.prefix_tokens_prefilled,
         "clips_encoded": rolled.clips_encoded,
         "prefills": rolled.prefills,
+        "most_resident": rolled.most_resident,
         "prefix_tokens_read": rolled.prefix_tokens_read,
         "tokens_generated": rolled.tokens_generated,
         "mismatch": stats.mismatch.record(),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vrlt_fast.config import ModelConfig, PromptConfig, RolloutConfig
+from vrlt_fast.config import ModelConfig, PromptConfig, RolloutConfig, VllmConfig
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.model.attention import PASS, SEGMENTS
 from vrlt_fast.model.load import MODELS, VideoLM, load_model
@@ -40,16 +40,23 @@ and 7b are Qwen2.5-VL's, toy has 20 million parameters.
 """
 
 
-def make_model(size: str, device: torch.device, context: int) -> VideoLM:
+def make_model(size: str, device: torch.device, context: int, folder: Path | None = None) -> VideoLM:
     """A Qwen2.5-VL of random weights: the demo's ("demo"), or of one of ``SHAPES``; bf16 on CUDA, else fp32. No token
-    ends a response, so that all arms draw as many.
+    ends a response, so that all arms draw as many. ``folder`` keeps its configuration and tokenizer, for vLLM.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.jsonl"
+    with tempfile.TemporaryDirectory() as temporary:
+        home = folder or Path(temporary)
+        data = home / "train.jsonl"
         data.write_text(json.dumps(SAMPLE) + "\n", encoding="utf-8")
-        build_tiny(Path(folder) / "model", train_jsonl=data, seed=0)
-        name = str(Path(folder) / "model")
+        name = str(build_tiny(home / "model", train_jsonl=data, seed=0))
         lm = load_model(ModelConfig(name=name, dtype="float32", device="cpu", freeze_vision=False))
+        made = _shaped(lm, size, device, context)
+        made.info.config.save_pretrained(home / "model")
+    return made
+
+
+def _shaped(lm: VideoLM, size: str, device: torch.device, context: int) -> VideoLM:
+    lm.info.config.text_config.max_position_embeddings = context
     info = dataclasses.replace(lm.info, stop_tokens=(), context=context)
     if size == "demo":
         lm.module.eval()
@@ -107,10 +114,11 @@ class PerRow(Decoder):
 
 @dataclass
 class Arm:
-    """A way to roll out: ``run(temperature)`` returns the tokens of all rows, by prompt."""
+    """A way to roll out: ``run(temperature)`` returns the tokens of all rows, by prompt; ``prepare`` isn't timed."""
 
     name: str
     run: Callable[[float], list[list[tuple[int, ...]]]]
+    prepare: Callable[[], None] = lambda: None
     stats: RolloutStats = field(default_factory=RolloutStats)
     groups: list[Group] = field(default_factory=list)
 
@@ -167,6 +175,22 @@ def hf_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, cache
             text._attn_implementation = PASS
 
     return Arm(f"HF generate, {cache} cache", run)
+
+
+def vllm_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int) -> Arm:
+    """vLLM with n = rows and our embeddings; its weights and empty caches from a sync before each run."""
+    from vrlt_fast.rollout.vllm import VllmEngine
+
+    how = {"block_size": 32} if lm.device.type == "cpu" else {}
+    options = VllmConfig(max_model_len=lm.info.context, max_batched_tokens=lm.info.context, enforce_eager=True)
+    made = VllmEngine(lm, options, **how)
+
+    def run(temperature: float) -> list[list[tuple[int, ...]]]:
+        sampling = Sampling(length, temperature)
+        groups, _ = made.generate([RolloutRequest(p, rows, sampling, i) for i, p in enumerate(prompts)])
+        return [[c.tokens for c in g.completions] for g in groups]
+
+    return Arm("vLLM", run, lambda: made.sync(lm))
 
 
 def full_forward_logprobs(lm: VideoLM, prompt: Prompt, tokens: Sequence[int]) -> torch.Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from bench.harness import BenchError, Record, summarize
-from bench.rollout_arms import Arm, PerRow, full_forward_logprobs, hf_arm, make_model, make_prompt, our_arm
+from bench.rollout_arms import Arm, PerRow, full_forward_logprobs, hf_arm, make_model, make_prompt, our_arm, vllm_arm
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_kernels import group_decode
@@ -18,15 +21,23 @@ from vrlt_kernels import group_decode
 
 def cpu_cell(size: str, tokens: int, length: int, group: int, rounds: int, seed: int) -> list[Record]:
     """Tokens a second of all arms for one prompt, and the prefix bytes that decode steps read."""
-    lm = make_model(size, torch.device("cpu"), tokens + length + 512)
+    with tempfile.TemporaryDirectory() as folder:
+        return _cpu_cell(Path(folder), size, tokens, length, group, rounds, seed)
+
+
+def _cpu_cell(folder: Path, size: str, tokens: int, length: int, group: int, rounds: int, seed: int) -> list[Record]:
+    lm = make_model(size, torch.device("cpu"), tokens + length + 512, folder)
     prompt = make_prompt(lm, tokens, seed)
     shape = f"{size}, prompt {_short(tokens)}, {length} tokens"
     arms = [our_arm("group engine", lm, [prompt], group, length)]
     arms += [hf_arm(lm, [prompt], group, length, cache) for cache in ("dynamic", "static")]
+    if find_spec("vllm"):
+        arms.append(vllm_arm(lm, [prompt], group, length))
     _parity(lm, prompt, arms, min(length, 16))
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(rounds):
         for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
+            arm.prepare()
             begin = perf_counter()
             found = arm.run(1.0)
             times[arm.name].append(perf_counter() - begin)
@@ -59,6 +70,8 @@ def _parity(lm: VideoLM, prompt: Prompt, arms: Sequence[Arm], length: int) -> No
     Raises:
         BenchError: they don't.
     """
+    for arm in arms:
+        arm.prepare()
     found = {arm.name: arm.run(0.0)[0][0][:length] for arm in arms}
     if len(set(found.values())) != 1:
         raise BenchError(f"greedy tokens differ: {found}")

@@ -185,3 +185,19 @@ def test_learning_rate_of_grpo_follows_its_schedule(make_config, schedule, last)
     )
     assert stage.step(9)["lr"] == pytest.approx(last * 1e-6)
     assert all(group["lr"] == pytest.approx(last * 1e-6) for group in stage.optimizer.param_groups)
+
+
+def test_an_interrupted_rollout_has_written_what_was_complete(make_config):
+    lines = []
+
+    def keep(records):
+        if lines:
+            raise KeyboardInterrupt
+        lines.extend(records)
+
+    stage = stage_of("grpo", make_config(rollout={"group_size": 3, "prompts": 4, "max_rows": 3}), keep=keep)
+    with pytest.raises(KeyboardInterrupt):
+        stage.step(1)
+    assert len(lines) == 3
+    assert len({line["id"] for line in lines}) == 1
+    assert all(line["reward"] is not None and line["response"] is not None for line in lines)

@@ -21,7 +21,7 @@ from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.model.tiny import build_tiny
 from vrlt_fast.model.vision import normalise
 from vrlt_fast.rollout import engine
-from vrlt_fast.rollout.decode import Decoder, Numbers
+from vrlt_fast.rollout.decode import Decoder, Live, Numbers
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.preprocess import Clip
@@ -105,11 +105,12 @@ def make_prompt(lm: VideoLM, tokens: int, seed: int) -> Prompt:
 class PerRow(Decoder):
     """The same steps with the prefix read once a row: every row is a group of its own."""
 
-    def _run(self, numbers: Numbers) -> torch.Tensor:
-        rows, self.max_group = numbers.rows.shape[1], 1
-        row = torch.arange(rows + 1, device=numbers.rows.device)
-        group = torch.searchsorted(numbers.offsets[1:], row[:-1], right=True).clamp(max=numbers.prompts.shape[1] - 1)
-        return super()._run(Numbers(numbers.rows, numbers.prompts[:, group], row))
+    def numbers(self, live: Live, rows: int, prompts: int) -> Numbers:
+        self.max_group = 1
+        shared = super().numbers(live, rows, prompts)
+        row = torch.arange(rows + 1)
+        group = torch.searchsorted(shared.offsets[1:], row[:-1], right=True).clamp(max=prompts - 1)
+        return Numbers(shared.rows, shared.prompts[:, group], row.clamp(max=len(live)))
 
 
 @dataclass

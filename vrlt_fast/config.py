@@ -145,7 +145,7 @@ class RolloutConfig(_Section):
     max_rows: Positive = 256
     """Most responses that are decoded at a time."""
     kv_gb: Annotated[float, Field(ge=0.0)] = 0.0
-    """GB (10^9 bytes) for keys and values; prompts wait for room. 0: 60 % of the free GPU memory, or 4 GB on a CPU."""
+    """GB (10^9 bytes) for keys and values; prompts wait for room. 0: at most 40 % of free GPU memory, 4 GB on a CPU."""
     cuda_graphs: bool = True
     """Run decode steps as CUDA graphs, one for each of some numbers of rows; they stay valid as the weights change."""
     prefill_chunk: Positive = 8192
@@ -154,11 +154,11 @@ class RolloutConfig(_Section):
 
 class EmbedCacheConfig(_Section):
     gpu_gb: Annotated[float, Field(ge=0.0)] = 1.0
-    """GPU memory for the vision tower's embeddings, in GB (10^9 bytes); 0: none. A trained tower's last one step."""
+    """GPU memory for a frozen vision tower's embeddings, in GB (10^9 bytes); 0: none."""
     host_gb: Annotated[float, Field(ge=0.0)] = 4.0
     """Host memory for embeddings (page-locked where there is a GPU), in GB; 0: none."""
     disk_gb: Annotated[float, Field(ge=0.0)] = 0.0
-    """Size of the folder of embeddings, in GB; 0: none. A trained tower's are never written."""
+    """Size of the folder of embeddings, in GB; 0: none."""
     folder: str = ""
     """Folder on a local disk that keeps embeddings between runs; empty: one in the run folder."""
 

@@ -126,7 +126,7 @@ def group_attention(
     _check(query, key, value, spans)
     no_forward_mode("group_attention", query, key, value)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    if choose("group_attention", query, has=("flash", "reference")) == "reference":
+    if not spans.tokens or choose("group_attention", query, has=("flash", "reference")) == "reference":
         return group_attention_ref(query, key, value, spans, scale)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     counts, lengths = [len(group) for group in spans.rows], [n for group in spans.rows for n in group]

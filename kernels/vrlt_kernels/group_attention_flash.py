@@ -208,16 +208,32 @@ def _cuda_calls(spans: GroupSpans, device: torch.device) -> List[Tuple[torch.Ten
     """cu_seqlens of queries and keys, longest of each, causal: (a) each segment on itself, (b) rows on their prefix."""
     own = _cumulative(spans, "segments", spans.segments, device)
     calls = [(own, own, max(spans.segments), max(spans.segments), True)]
-    if any(spans.row_tokens):
-        queries = _cumulative(spans, "row_tokens", spans.row_tokens, device)
-        keys = _cumulative(spans, "prefix", spans.prefix, device)
-        calls.append((queries, keys, max(spans.row_tokens), max(spans.prefix), False))
+    both = _crossing(spans)
+    if both:
+        rows, prefixes = [spans.row_tokens[g] for g in both], [spans.prefix[g] for g in both]
+        queries = _cumulative(spans, "cross rows", rows, device)
+        keys = _cumulative(spans, "cross prefixes", prefixes, device)
+        calls.append((queries, keys, max(rows), max(prefixes), False))
     return calls
 
 
-def _prefix_places(spans: GroupSpans, device: torch.device) -> torch.Tensor:
-    values = [i for start, p in zip(spans.starts[:-1], spans.prefix, strict=True) for i in range(start, start + p)]
-    return spans.index("prefixes", values, torch.int64, device)
+def _crossing(spans: GroupSpans) -> List[int]:
+    """Groups with a prefix and rows. Rows without a prefix see themselves alone: flash gives them lse = inf."""
+    return [g for g, (p, r) in enumerate(zip(spans.prefix, spans.row_tokens, strict=True)) if p and r]
+
+
+def _cross_places(spans: GroupSpans, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+    """int64: where the rows, and where the prefixes, of the second call stand in the sequence."""
+    rows: List[int] = []
+    prefixes: List[int] = []
+    for g in _crossing(spans):
+        start, middle, end = spans.starts[g], spans.starts[g] + spans.prefix[g], spans.starts[g + 1]
+        prefixes.extend(range(start, middle))
+        rows.extend(range(middle, end))
+    return (
+        spans.index("row places", rows, torch.int64, device),
+        spans.index("prefix places", prefixes, torch.int64, device),
+    )
 
 
 def _forward_cuda(
@@ -227,7 +243,7 @@ def _forward_cuda(
     out, lse, *_ = _cuda(query, key, value, *own[:4], 0.0, True, False, scale=scale)
     lse = lse.transpose(0, 1).contiguous()
     for cu_q, cu_k, longest_q, longest_k, _ in cross:
-        rows, heads = spans.row_places(query.device), _prefix_places(spans, query.device)
+        rows, heads = _cross_places(spans, query.device)
         seen, seen_lse, *_ = _cuda(
             query[rows], key[heads], value[heads], cu_q, cu_k, longest_q, longest_k, 0.0, False, False, scale=scale
         )
@@ -252,7 +268,7 @@ def _backward_cuda(
         grad.contiguous(), query, key, value, out, sums, *own[:4], 0.0, True, none, none, scale=scale
     )
     for cu_q, cu_k, longest_q, longest_k, _ in cross:
-        rows, heads = spans.row_places(query.device), _prefix_places(spans, query.device)
+        rows, heads = _cross_places(spans, query.device)
         more = _cuda_backward(
             grad[rows],
             query[rows],

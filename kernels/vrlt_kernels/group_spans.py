@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 
@@ -49,6 +49,7 @@ class GroupSpans:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all groups."""
         return self.starts[-1]
 
     @cached_property
@@ -91,14 +92,6 @@ class GroupSpans:
             self._kept["places", device] = (begin + column * inside).flatten().to(device)
             self._kept["real", device] = inside.flatten().nonzero()[:, 0].to(device)
         return self._kept["places", device], self._kept["real", device], widest
-
-    def row_places(self, device: torch.device) -> torch.Tensor:
-        """int64 [n]: the places of all row tokens in the sequence."""
-        values: List[int] = []
-        if ("rows", device) not in self._kept:
-            for start, p, end in zip(self.starts[:-1], self.prefix, self.starts[1:], strict=True):
-                values.extend(range(start + p, end))
-        return self.index("rows", values, torch.int64, device)
 
 
 __all__ = ["GroupSpans"]

@@ -42,6 +42,7 @@ def test_reading_prefixes_per_row_changes_no_token() -> None:
     prompts = [make_prompt(lm, 150 + 80 * i, i) for i in range(2)]
     plain, per_row = (our_arm(k, lm, prompts, 3, 6, **how) for k, how in (("a", {}), ("b", {"decoder": PerRow})))
     assert plain.run(1.0) == per_row.run(1.0)
+    assert per_row.stats.prefix_tokens_read == 3 * plain.stats.prefix_tokens_read
 
 
 def test_wrong_log_probs_are_not_timed(monkeypatch) -> None:

@@ -48,10 +48,16 @@ def test_room_and_pieces_change_nothing(lm, prompts, token_bytes, room, prefill_
     requests = requests_of(prompts)
     expected, _ = GroupEngine(lm).generate(requests)
     longest = max(map(len, prompts))
-    tokens = {"all": 10**6, "two prompts": 2 * (longest + 5 * 9), "one prompt, two rows": longest + 2 * 9}[room]
+    tokens = 9 + {"all": 10**6, "two prompts": 2 * (longest + 5 * 9), "one prompt, two rows": longest + 2 * 9}[room]
     config = RolloutConfig(kv_gb=tokens * token_bytes / 1e9, prefill_chunk=prefill_chunk)
-    found, stats = GroupEngine(lm, config).generate(requests)
+    engine = GroupEngine(lm, config)
+    found, stats = engine.generate(requests)
     same(found, expected)
+    held = [*engine._decoder.store.prefix_keys, *engine._decoder.store.prefix_values]
+    held += [*engine._decoder.store.own_keys, *engine._decoder.store.own_values]
+    assert sum(x.nbytes for x in held) <= config.kv_gb * 1e9
+    fewest, most = {"all": (13, 13), "two prompts": (6, 9), "one prompt, two rows": (2, 2)}[room]
+    assert fewest <= stats.most_rows <= most
     assert stats.most_resident == {"all": 4, "two prompts": 2, "one prompt, two rows": 1}[room]
     assert stats.prefills == 4
     assert stats.prefix_tokens_prefilled == sum(map(len, prompts))
@@ -66,11 +72,21 @@ def test_fewer_rows_at_a_time_change_nothing(lm, prompts):
 def test_four_groups_of_eight_cost_four_encodes_and_four_prefills(lm, prompts):
     clips = [dataclasses.replace(p.clip, key=str(i)) for i, p in enumerate(prompts)]
     own = [dataclasses.replace(p, media=(c,)) for p, c in zip(prompts, clips, strict=True)]
-    _, stats = GroupEngine(lm).generate(requests_of(own, (8, 8, 8, 8)))
-    assert (stats.clips_encoded, stats.prefills) == (4, 4)
-    steps = stats.decode_steps
-    assert steps <= 8
-    assert stats.prefix_tokens_read <= steps * sum(map(len, prompts))
+    clips_seen, widths = [], []
+    tower, text = lm.module.model.visual, lm.module.model.language_model
+    hooks = [
+        tower.register_forward_pre_hook(lambda _, a, k: clips_seen.append(len(k["grid_thw"])), with_kwargs=True),
+        text.register_forward_pre_hook(lambda _, a, k: widths.append(k["inputs_embeds"].shape[1]), with_kwargs=True),
+    ]
+    groups, stats = GroupEngine(lm).generate(requests_of(own, (8, 8, 8, 8)))
+    for hook in hooks:
+        hook.remove()
+    assert sum(clips_seen) == stats.clips_encoded == 4
+    assert widths[0] == stats.prefix_tokens_prefilled == sum(map(len, own))
+    assert stats.prefills == 4
+    assert max(widths[1:]) <= 32
+    assert sum(widths[1:]) == sum(len(c.tokens) - 1 for g in groups for c in g.completions)
+    assert len(widths) - 1 == stats.decode_steps <= 8
 
 
 def test_a_warm_cache_saves_every_encode_and_changes_no_response(lm, prompts):
@@ -152,7 +168,7 @@ def test_a_stop_string_ends_a_response(lm, prompts):
 
 
 def test_a_budget_below_one_row_is_refused_with_the_key(lm, prompts, token_bytes):
-    config = RolloutConfig(kv_gb=(max(map(len, prompts)) + 8) * token_bytes / 1e9)
+    config = RolloutConfig(kv_gb=(max(map(len, prompts)) + 2 * 9 - 1) * token_bytes / 1e9)
     with pytest.raises(ConfigError, match=r"VRLT-C04 rollout\.kv_gb") as caught:
         GroupEngine(lm, config).generate(requests_of(prompts))
     assert "raise rollout.kv_gb" in str(caught.value)
@@ -187,4 +203,11 @@ def test_plans_and_places():
     assert store.take_prefix(12) is None
     store.give_prefix(10, 15)
     assert store.take_prefix(30) == 0
-    assert plan_kv(shape, [10], [100], 5, budget=shape.token_bytes * 30, max_rows=64).slots == 4
+    small = plan_kv(shape, [10], [100], 5, budget=shape.token_bytes * 30, max_rows=64)
+    assert small.slots == 3
+    assert small.nbytes(shape) == shape.token_bytes * 30
+    other = plan_kv(shape, [5, 5], [1, 1], 9, budget=10**9, max_rows=64)
+    both = small.joined(other)
+    assert both.holds(small)
+    assert both.holds(other)
+    assert not small.holds(other)

@@ -20,6 +20,13 @@ def test_figures_by_hand():
     assert record["outside"] == pytest.approx(1 / 3)
 
 
+def test_a_gap_that_is_no_number_is_not_hidden():
+    found = Mismatch()
+    found.add(torch.tensor([-1.0]), torch.tensor([float("nan")]))
+    found.add(torch.tensor([-1.0]), torch.tensor([-2.0]))
+    assert math.isnan(found.record()["max"])
+
+
 def test_nothing_is_zero():
     found = Mismatch()
     found.add(torch.tensor([]), torch.tensor([]))

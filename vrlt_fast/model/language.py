@@ -58,7 +58,7 @@ def join(pieces: Sequence[Inputs]) -> Inputs:
         torch.cat([p.embeds for p in pieces]),
         torch.cat([p.positions for p in pieces], dim=1),
         torch.cat(places) if places else None,
-        tuple(torch.cat(level) for level in zip(*(p.deepstack for p in pieces), strict=True)),
+        tuple(torch.cat(level) for level in zip(*(p.deepstack for p in pieces if p.deepstack), strict=True)),
     )
 
 

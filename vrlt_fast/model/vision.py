@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ class VisionEmbeds:
 
     @property
     def requires_grad(self) -> bool:
+        """Whether a trained tower made them."""
         return any(tensor.requires_grad for tensor in self.tensors)
 
     def split(self, sizes: Sequence[int]) -> list[VisionEmbeds]:
@@ -89,6 +90,13 @@ def encode_media(
     return found, encoded
 
 
+def in_order(lm: VideoLM, found: Mapping[str, VisionEmbeds], media: Sequence[Clip]) -> VisionEmbeds:
+    """The tokens of these clips one behind the other; none where there is no clip."""
+    if media:
+        return concat([found[clip.key] for clip in media])
+    return VisionEmbeds(torch.zeros(0, lm.info.config.text_config.hidden_size, dtype=lm.dtype, device=lm.device))
+
+
 def is_frozen(lm: VideoLM) -> bool:
     """Whether no parameter of the tower is trained."""
     return not any(p.requires_grad for p in lm.module.model.visual.parameters())
@@ -98,7 +106,7 @@ def shared_vision(lm: VideoLM, prompts: Sequence[Prompt], cache: EmbeddingCache 
     """The visual tokens of the prompts' media in order; a clip that stands twice is encoded once."""
     media = [clip for p in prompts for clip in p.media]
     found, _ = encode_media(lm, media, cache)
-    return concat([found[clip.key] for clip in media])
+    return in_order(lm, found, media)
 
 
 def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:

@@ -151,9 +151,9 @@ def step_line(record: dict[str, Any], eta: float) -> str:
     trained, logical = number(record.get("tokens_trained")), number(record.get("tokens_logical"))
     if trained and logical:
         fields.append(f"shared {logical / trained:.1f}x")
-    prompts, resident = number(record.get("prefills")), number(record.get("most_resident"))
-    if prompts and resident and resident < prompts:
-        fields.append(f"resident {resident:.0f}/{prompts:.0f}")
+    rows, at_once = number(record.get("responses")), number(record.get("most_rows"))
+    if rows and at_once and at_once < rows:
+        fields.append(f"rows {at_once:.0f}/{rows:.0f}")
     if (gap := number((record.get("mismatch") or {}).get("max"))) is not None:
         fields.append(f"mismatch {gap:.0e}")
     if record.get("zero_signal_groups"):

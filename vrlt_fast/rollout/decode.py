@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rollout.kv import KvStore
 from vrlt_fast.rollout.passes import DecodePass
 from vrlt_fast.rollout.rows import Resident, Row
+from vrlt_kernels import availability
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of a graph: a step takes the smallest that holds its rows."""
@@ -50,7 +52,13 @@ class Numbers:
         offsets[: len(residents)] = torch.tensor([0, *counts.values()][:-1]).cumsum(0)
         return Numbers(table, places, offsets)
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Prefix tokens of prompts that have rows."""
+        return int(self.prompts[1][self.offsets.diff() > 0].sum())
+
     def to(self, device: torch.device) -> Numbers:
+        """The same on a device."""
         return Numbers(*(x.to(device) for x in (self.rows, self.prompts, self.offsets)))
 
     def copy_(self, other: Numbers) -> None:
@@ -69,24 +77,39 @@ class Decoder:
 
     def __init__(self, lm: VideoLM, store: KvStore, *, graphs: bool):
         self.lm, self.store = lm, store
-        self.graphs, self.max_group = graphs and lm.device.type == "cuda", store.plan.group
-        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]] = {}
+        self.graphs, self.max_group = graphs and lm.device.type == "cuda" and _capturable(lm), store.plan.group
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]] = {}
         self._weights: tuple[int, ...] = ()
         self._pool: Any = None
 
-    def logits(self, live: Live) -> torch.Tensor:
-        """[rows, V] behind the rows' latest tokens, whose keys and values go to the store. Rows are sorted by prompt.
+    def begin(self) -> None:
+        """Before a call: free all room, and drop graphs of weights that are elsewhere now."""
+        self.store.clear()
+        weights = tuple(p.data_ptr() for p in self.lm.module.parameters()) if self.graphs else ()
+        if weights != self._weights:
+            self._captured.clear()
+            self._weights, self._pool = weights, None
 
-        With graphs the tensor is overwritten by the next step.
+    def step(self, live: Live) -> tuple[torch.Tensor, int]:
+        """Logits [rows, V] behind the rows' latest tokens, whose keys and values go to the store, and how many prefix
+        tokens attention is told to read. Rows are sorted by prompt. With graphs the next step overwrites the tensor.
         """
         if not self.graphs or len(live) > BUCKETS[-1]:
             prompts = len(dict.fromkeys(resident for resident, _ in live))
-            return self._run(Numbers.of(live, len(live), prompts, self.store.plan.slots).to(self.lm.device))
+            numbers = self.numbers(live, len(live), prompts)
+            return self._run(numbers.to(self.lm.device)), numbers.prefix_tokens
         bucket = BUCKETS[bisect_left(BUCKETS, len(live))]
-        graph, numbers, logits = self._graph(bucket)
-        numbers.copy_(Numbers.of(live, bucket, self.store.plan.prompts, self.store.plan.slots))
+        numbers = self.numbers(live, bucket, self.store.plan.prompts)
+        if bucket not in self._captured:
+            self._captured[bucket] = self._capture(numbers)
+        graph, buffers, logits = self._captured[bucket]
+        buffers.copy_(numbers)
         graph.replay()
-        return logits[: len(live)]
+        return logits[: len(live)], numbers.prefix_tokens
+
+    def numbers(self, live: Live, rows: int, prompts: int) -> Numbers:
+        """What attention is told, on the CPU, padded to so many rows and prompts."""
+        return Numbers.of(live, rows, prompts, self.store.plan.slots)
 
     def _run(self, numbers: Numbers) -> torch.Tensor:
         tokens, positions, slots, columns, own = numbers.rows
@@ -98,29 +121,25 @@ class Decoder:
         logits: torch.Tensor = self.lm.module.lm_head(hidden)
         return logits
 
-    def _graph(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]:
-        """The graph of a bucket, its inputs and its output."""
-        weights = tuple(p.data_ptr() for p in self.lm.module.parameters())
-        if weights != self._weights:
-            self._captured.clear()
-            self._weights, self._pool = weights, None
-        key = (bucket, self.store.plan.prompts)
-        if key not in self._captured:
-            prompts, device = self.store.plan.prompts, self.lm.device
-            numbers = Numbers(
-                torch.zeros(5, bucket, dtype=torch.int64),
-                torch.zeros(2, prompts, dtype=torch.int64),
-                torch.zeros(prompts + 1, dtype=torch.int64),
-            ).to(device)
-            numbers.rows[2] = self.store.plan.slots  # what the capture writes goes to the slot of padding rows
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):  # compiles kernels and allocates workspaces, which a capture can't
-                self._run(numbers)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                logits = self._run(numbers)
-            self._pool = graph.pool()
-            self._captured[key] = (graph, numbers, logits)
-        return self._captured[key]
+    def _capture(self, like: Numbers) -> tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]:
+        """A graph for numbers of this size, its inputs and its output."""
+        device = self.lm.device
+        buffers = Numbers(*(torch.zeros_like(x) for x in (like.rows, like.prompts, like.offsets))).to(device)
+        buffers.rows[2] = self.store.plan.slots  # what the capture writes goes to the slot of padding rows
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # compiles kernels and allocates workspaces, which a capture can't
+            self._run(buffers)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads, which load clips ahead, may go on using the device
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._run(buffers)
+        self._pool = graph.pool()
+        return graph, buffers, logits
+
+
+def _capturable(lm: VideoLM) -> bool:
+    """Whether a step's attention runs on Triton, which reads nothing back from the device."""
+    forced = os.environ.get("VRLT_KERNELS_BACKEND", "triton") or "triton"
+    return forced == "triton" and not availability(lm.device)["triton"] and lm.dtype.itemsize < 8

@@ -17,7 +17,7 @@ from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import Inputs, join, make_inputs, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import VisionEmbeds, concat, encode_media
+from vrlt_fast.model.vision import VisionEmbeds, encode_media, in_order
 from vrlt_fast.rollout.decode import Decoder
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
@@ -35,6 +35,7 @@ class GroupEngine:
     def __init__(self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None):
         self.lm, self.config, self.cache = lm, config or RolloutConfig(), cache
         self._decoder: Decoder | None = None
+        self._budget: int | None = None
 
     @torch.no_grad()
     def generate(
@@ -51,11 +52,12 @@ class GroupEngine:
             Stopped: S03 logits that are not a number.
         """
         self._check(requests)
+        training = self.lm.module.training
         self.lm.module.eval()
         try:
             return _Call(self.lm, self.config, self.cache, self._room(requests), requests, on_group).run()
         finally:
-            self.lm.module.train()
+            self.lm.module.train(training)
 
     def sync(self, lm: VideoLM) -> None:
         """Nothing is copied: it samples from the weights that are trained."""
@@ -86,22 +88,24 @@ class GroupEngine:
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         shape = KvShape(text.num_hidden_layers, text.num_key_value_heads, dim, parameter.dtype, parameter.device)
         work = by_prompt(requests)
-        budget = budget_bytes(self.config.kv_gb, shape.device)
-        if self._decoder is not None and not self.config.kv_gb:
-            budget += self._decoder.store.nbytes  # it is among what isn't free
+        if self._budget is None:  # what is free is looked at once: later the buffers themselves are in use
+            self._budget = budget_bytes(self.config.kv_gb, shape.device)
         plan = plan_kv(
             shape,
             [len(r.prompt) for r in work],
             [len(r.waiting) for r in work],
             max(r.sampling.max_new_tokens for r in requests),
-            budget=budget,
+            budget=self._budget,
             max_rows=self.config.max_rows,
         )
         kept = self._decoder.store if self._decoder is not None else None
         if self._decoder is None or kept is None or kept.shape != shape or not kept.plan.holds(plan):
+            if kept is not None and kept.shape == shape:  # so that two kinds of steps don't take turns to make it anew
+                both = plan.joined(kept.plan)
+                plan = both if both.nbytes(shape) <= self._budget else plan
             self._decoder = kept = None  # the old buffers go before the new ones come
             self._decoder = self.decoder_type(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
-        self._decoder.store.clear()
+        self._decoder.begin()
         return self._decoder
 
 
@@ -139,11 +143,17 @@ class _Call:
                 starts = self.lm.module.lm_head(torch.stack([r.last for r, _ in fresh if r.last is not None]))
                 logits = starts if logits is None else torch.cat([logits, starts])
                 self.live += fresh
+                self.stats.most_rows = max(self.stats.most_rows, len(self.live))
             if logits is None:
                 raise RuntimeError("no row runs and none can be admitted")
             self._draw(logits)
-            self.stats.spend("generate", begin)
+            self._spend("generate", begin)
         return [g for g in self.collector.groups if g is not None], self.stats
+
+    def _spend(self, phase: str, since: float) -> None:
+        if self.lm.device.type == "cuda":  # else the next phase would wait for this one's work
+            torch.cuda.synchronize(self.lm.device)
+        self.stats.spend(phase, since)
 
     def _admit(self) -> None:
         """Take in the next prompts while there is room for their prefix and a row."""
@@ -171,7 +181,7 @@ class _Call:
         self._vision |= found
         self.stats.clips_encoded += len(encoded)
         self.stats.frames_encoded += sum(len(c.times) for c in encoded)
-        self.stats.spend("encode", begin)
+        self._spend("encode", begin)
 
     def _prefill(self, fresh: Sequence[Resident]) -> None:
         begin = perf_counter()
@@ -190,11 +200,11 @@ class _Call:
         self.stats.prefix_tokens_prefilled += sum(len(r.prompt) for r in fresh)
         wanted = {clip.key for r in self.pending for clip in r.prompt.media}
         self._vision = {key: value for key, value in self._vision.items() if key in wanted}
-        self.stats.spend("prefill", begin)
+        self._spend("prefill", begin)
 
     def _inputs(self, prompt: Prompt) -> Inputs:
         ids, positions, visual = (x.to(self.lm.device) for x in (prompt.ids, prompt.positions, prompt.visual))
-        return make_inputs(self.lm, ids, positions, visual, concat([self._vision[c.key] for c in prompt.media]))
+        return make_inputs(self.lm, ids, positions, visual, in_order(self.lm, self._vision, prompt.media))
 
     def _prefill_pack(self, pack: Sequence[Resident]) -> None:
         """Whole prompts in one packed pass."""
@@ -234,12 +244,13 @@ class _Call:
             return None
         self.live.sort(key=lambda pair: pair[0].order)
         self.stats.decode_steps += 1
-        self.stats.prefix_tokens_read += sum(len(r.prompt) for r in dict.fromkeys(r for r, _ in self.live))
-        return self.decoder.logits(self.live)
+        logits, read = self.decoder.step(self.live)
+        self.stats.prefix_tokens_read += read
+        return logits
 
     def _draw(self, logits: torch.Tensor) -> None:
         """One token for every live row; rows that end leave."""
-        uniforms = torch.tensor([self.uniforms[row.number, len(row.tokens)] for _, row in self.live])
+        uniforms = self.uniforms[[row.number for _, row in self.live], [len(row.tokens) for _, row in self.live]]
         tokens = torch.empty(len(self.live), dtype=torch.int64)
         logprobs = torch.empty(len(self.live))
         kinds = [self.requests[row.request].sampling for _, row in self.live]
@@ -268,7 +279,7 @@ class _Call:
                 f"logits of response token {len(row.tokens) + 1} are not numbers",
                 where=sample.line or sample.id,
                 why="weights or activations overflowed",
-                fix="go on from an earlier checkpoint with a lower learning rate, or with model.dtype = float32",
+                fix="go on from an earlier checkpoint with a lower learning rate",
             )
         )
 

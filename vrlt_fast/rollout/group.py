@@ -44,7 +44,7 @@ class Group:
 @dataclass
 class RolloutStats:
     """Counters and wall seconds of one call. ``prefix_tokens_read``: prefix tokens whose keys and values decode steps
-    read, one read a prompt and step; ``most_resident``: most prompts at a time.
+    read, one read a prompt and step; ``most_resident``: most prompts at a time; ``most_rows``: most responses.
     """
 
     clips_encoded: int = 0
@@ -55,13 +55,14 @@ class RolloutStats:
     decode_steps: int = 0
     tokens_generated: int = 0
     most_resident: int = 0
+    most_rows: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: RolloutStats) -> None:
         """Take another call's counts and seconds in."""
         for f in fields(self):
-            if f.name == "most_resident":
-                self.most_resident = max(self.most_resident, other.most_resident)
+            if f.name.startswith("most_"):
+                setattr(self, f.name, max(getattr(self, f.name), getattr(other, f.name)))
             elif f.name != "seconds":
                 setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         for phase, spent in other.seconds.items():

@@ -10,7 +10,7 @@ import torch
 from vrlt_fast.errors import ConfigError, Problem
 
 AUTO_GB_CPU = 4.0
-AUTO_SHARE_CUDA = 0.6
+AUTO_SHARE_CUDA = 0.4
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,15 @@ class KvPlan:
 
     def holds(self, other: KvPlan) -> bool:
         """Whether everything that fits into ``other`` fits here."""
-        return all(getattr(self, name) >= getattr(other, name) for name in self.__dataclass_fields__)
+        return self == self.joined(other)
+
+    def joined(self, other: KvPlan) -> KvPlan:
+        """The larger of each."""
+        return KvPlan(*(max(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
+
+    def nbytes(self, shape: KvShape) -> int:
+        """Bytes of its buffers; one slot more takes what padding rows write."""
+        return (self.tokens + (self.slots + 1) * self.length) * shape.token_bytes
 
 
 def budget_bytes(gigabytes: float, device: torch.device) -> int:
@@ -52,7 +60,8 @@ def budget_bytes(gigabytes: float, device: torch.device) -> int:
     if gigabytes:
         return int(gigabytes * 1e9)
     if device.type == "cuda":
-        return int(AUTO_SHARE_CUDA * torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it, for anyone
+        return int(AUTO_SHARE_CUDA * (torch.cuda.mem_get_info(device)[0] + unused))
     return int(AUTO_GB_CPU * 1e9)
 
 
@@ -70,6 +79,7 @@ def plan_kv(
     """
     per, longest, most = shape.token_bytes, max(prefixes), min(max(rows), max_rows)
     slots = min(sum(rows), max_rows)
+    budget -= per * length  # the slot of padding rows
     if per * (sum(prefixes) + slots * length) <= budget:
         return KvPlan(sum(prefixes), len(prefixes), slots, length, longest, most)
     resident = budget // (per * (longest + most * length))
@@ -77,13 +87,13 @@ def plan_kv(
         return KvPlan(resident * longest, resident, min(resident * most, max_rows), length, longest, most)
     fit = (budget // per - longest) // length
     if fit < 1:
-        needed = per * (longest + length) / 1e9
+        needed = per * (longest + 2 * length) / 1e9
         raise ConfigError(
             Problem(
                 "VRLT-C04",
                 f"a prompt of {longest} tokens and one response of {length} need {needed:.3g} GB of keys and values",
                 where="rollout.kv_gb",
-                why=f"the budget is {budget / 1e9:.3g} GB",
+                why=f"the budget is {(budget + per * length) / 1e9:.3g} GB",
                 fix="raise rollout.kv_gb, or lower rollout.max_new_tokens, video.max_frames or video.max_pixels",
             )
         )
@@ -106,10 +116,6 @@ class KvStore:
         s = self.shape
         return [torch.zeros(*size, s.heads, s.dim, dtype=s.dtype, device=s.device) for _ in range(s.layers)]
 
-    @property
-    def nbytes(self) -> int:
-        return (self.plan.tokens + (self.plan.slots + 1) * self.plan.length) * self.shape.token_bytes
-
     def clear(self) -> None:
         """Free everything, whatever an interrupted call has left."""
         self._free_slots = list(range(self.plan.slots - 1, -1, -1))
@@ -117,12 +123,15 @@ class KvStore:
 
     @property
     def free_slots(self) -> int:
+        """Slots that no row has."""
         return len(self._free_slots)
 
     def take_slot(self) -> int:
+        """A free slot."""
         return self._free_slots.pop()
 
     def give_slot(self, slot: int) -> None:
+        """Free a slot."""
         self._free_slots.append(slot)
 
     def take_prefix(self, tokens: int) -> int | None:

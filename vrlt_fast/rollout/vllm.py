@@ -123,13 +123,17 @@ class VllmEngine:
         queries, hits = (now - then for now, then in zip(self._prefix_counts(), before, strict=True))
         clips = {p.clip.key: p.clip for p in prompts}
         stats = RolloutStats(
+            clips_encoded=len(clips),
             frames_encoded=sum(len(c.times) for c in clips.values()),
+            prefills=len(requests),
+            tokens_generated=sum(len(c.tokens) for g in groups for c in g.completions),
             prefix_tokens_prefilled=queries - hits,
-            seconds={"sync": self._sync_seconds, "encode": encoded - begin, "generate": perf_counter() - encoded},
+            seconds={"sync": self._sync_seconds, "encode": encoded - begin},
         )
         self._sync_seconds = 0.0
         for group in groups if on_group else ():
             on_group(group)  # type: ignore[misc]
+        stats.spend("generate", encoded)
         return groups, stats
 
     def close(self) -> None:
@@ -140,7 +144,6 @@ class VllmEngine:
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """Embeddings [visual tokens, hidden] of each prompt's clip on the host, one tensor a clip."""
-        self._lm.module.eval()
         for prompt in prompts:
             if [clip.kind for clip in prompt.media] != ["video"]:
                 what, where = "the vLLM engine takes prompts of one video", prompt.sample.line or prompt.sample.id
@@ -148,9 +151,13 @@ class VllmEngine:
                 fix = 'set prompt.images = false, or rollout.engine = "group"'
                 raise SetupError(Problem("VRLT-M02", what, where, why, fix))
         clips = {p.clip.key: p for p in prompts}
-        tokens = shared_vision(self._lm, list(clips.values())).embeds.cpu()
+        training = self._lm.module.training
+        self._lm.module.eval()
+        try:
+            tokens = shared_vision(self._lm, list(clips.values())).embeds.cpu()
+        finally:
+            self._lm.module.train(training)
         pieces = tokens.split([len(p.visual) for p in clips.values()])
-        self._lm.module.train()
         by_key = dict(zip(clips, pieces, strict=True))
         return [by_key[p.clip.key] for p in prompts]
 

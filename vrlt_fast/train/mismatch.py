@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,9 @@ class Mismatch:
             return
         self.tokens += len(gap)
         self.total += float(gap.abs().sum())
-        self.most = max(self.most, float(gap.abs().max()))
+        largest = float(gap.abs().max())
+        if not math.isnan(self.most):
+            self.most = largest if math.isnan(largest) else max(largest, self.most)
         ratio = gap.exp()
         self.k3 += float((ratio - 1 - gap).sum())
         self.outside += int(((ratio < LOW) | (ratio > HIGH)).sum())

@@ -43,8 +43,8 @@ FREE_KEYS = {
     f"video.{key}"
     for key in VideoConfig.model_fields
     if key in ("workers", "deadline", "prefetch") or key.startswith("cache_")
-}
-"""What decides how fast videos come, not what comes."""
+} | {f"rollout.{key}" for key in ("kv_gb", "max_rows", "cuda_graphs", "prefill_chunk")}
+"""What decides how fast videos and responses come, not what comes."""
 
 
 @dataclass(frozen=True)

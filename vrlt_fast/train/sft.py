@@ -10,6 +10,7 @@ import torch
 from vrlt_fast.config import PromptConfig
 from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.sample import Sample
+from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
@@ -45,13 +46,15 @@ def sft_backward(
     micro_rows: int,
     narrations: Sequence[Narration] = (),
     weight: float = 0.0,
+    cache: EmbeddingCache | None = None,
 ) -> SftLoss:
     """Accumulate the gradient of the mean negative log-likelihood of the answers, and ``weight`` times that of the
     captions.
 
     Questions about the same video share its tokens: system message and video run once, the questions are rows behind
     them. A caption stands right behind its frame pair: the tower learns from it long before attention finds the pair
-    from an answer. Both go through the model in one packed sequence, and a clip goes through the tower once.
+    from an answer. Both go through the model in one packed sequence, and a clip goes through the tower once, or not at
+    all where the tower is frozen and ``cache`` has it.
     """
     total = sum(len(a) for a in answers)
     captions = sum(len(places) for _, places in narrations)
@@ -73,7 +76,8 @@ def sft_backward(
         layout = build_layout(firsts, rows, cuts=cuts, device=lm.device)
         starts = layout.spans.starts[len(chunk) :]
         places = [where + start for (_, where), start in zip(told, starts, strict=False)]
-        logp = target_logprobs(lm, layout, shared_vision(lm, firsts), also=torch.cat(places) if places else None)[0]
+        vision, also = shared_vision(lm, firsts, cache), torch.cat(places) if places else None
+        logp, _ = target_logprobs(lm, layout, vision, also=also)
         of_answers, of_captions = (-part.sum() for part in logp.tensor_split([len(layout.targets)]))
         part = of_answers / total + (weight * of_captions / captions if captions else 0.0)
         torch.autograd.backward(part)

@@ -66,8 +66,18 @@ class Clock:
 class SftStage:
     """Cross-entropy on the training set's own answers."""
 
-    def __init__(self, config: Config, lm: VideoLM, feed: Feed, stream: BatchStream, optimizer: MasterAdamW):
+    def __init__(
+        self,
+        config: Config,
+        lm: VideoLM,
+        feed: Feed,
+        stream: BatchStream,
+        optimizer: MasterAdamW,
+        *,
+        cache: EmbeddingCache | None = None,
+    ):
         self.config, self.lm, self.feed, self.stream, self.optimizer = config, lm, feed, stream, optimizer
+        self._cache = cache
 
     def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
@@ -81,7 +91,8 @@ class SftStage:
             with clock.phase("update"):
                 answers = [answer_tokens(self.lm.info, p.sample, p.asked) for p in prompts]
                 told = self._narrations(prompts) if sft.narration else []
-                loss = sft_backward(self.lm, prompts, answers, config.train.micro_rows, told, sft.narration)
+                rows = config.train.micro_rows
+                loss = sft_backward(self.lm, prompts, answers, rows, told, sft.narration, self._cache)
                 norm = apply_step(self.lm, self.optimizer, loss.answers, lr, config.optim.grad_clip)
             record |= {"narration": loss.captions} if told else {}
             record |= {"loss": loss.answers, "grad_norm": norm, "tokens_s": loss.tokens / clock.seconds}
@@ -131,7 +142,7 @@ class GrpoStage:
         scored, rolled = self._rollout(self._requests(prompts, step), step, clock)
         stats, norm = self._update(scored, lr, clock)
         record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
-        return record
+        return record | ({"embed_cache": self._cache.stats()} if self._cache else {})
 
     def _rollout(
         self, requests: Sequence[RolloutRequest], step: int, clock: Clock
@@ -224,6 +235,8 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
         "clips_encoded": rolled.clips_encoded,
         "prefills": rolled.prefills,
         "most_resident": rolled.most_resident,
+        "most_rows": rolled.most_rows,
+        "responses": len(responses),
         "prefix_tokens_read": rolled.prefix_tokens_read,
         "tokens_generated": rolled.tokens_generated,
         "mismatch": stats.mismatch.record(),

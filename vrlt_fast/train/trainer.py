@@ -200,7 +200,8 @@ class Trainer:
         seed = config.train.seed * 2 + config.train.stages.index(name)
         if name == "sft":
             optimizer = make_optimizer(self.lm, config.optim, config.sft.lr)
-            return SftStage(config, self.lm, self.feed, self.feed.videos(config.sft.batch, seed), optimizer)
+            stream = self.feed.videos(config.sft.batch, seed)
+            return SftStage(config, self.lm, self.feed, stream, optimizer, cache=self.embeds)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
         stream = self.feed.questions(config.rollout.prompts, seed)
         reference, keep = self._reference(), self.log.completions

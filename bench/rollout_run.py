@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -52,6 +54,13 @@ def _cpu_cell(folder: Path, size: str, tokens: int, length: int, group: int, rou
     records.append(summarize("group engine", shape, "prefix read", "B", [stats.prefix_tokens_read * token]))
     read = group * (length - 1) * len(prompt) * token
     records += [summarize(arm.name, shape, "prefix read", "B", [read]) for arm in arms[1:]]
+    for arm in arms[:3]:
+        words = [size, str(tokens), str(length), str(group), arm.name]
+        command = [sys.executable, "-m", "bench.rollout_peak", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"peak memory of {arm.name}: {done.stderr.strip().splitlines()[-1]}")
+        records.append(summarize(arm.name, shape, "peak memory", "B", [float(done.stdout)]))
     return records
 
 

@@ -30,7 +30,7 @@ def cpu_cell(size: str, tokens: int, length: int, group: int, rounds: int, seed:
 def _cpu_cell(folder: Path, size: str, tokens: int, length: int, group: int, rounds: int, seed: int) -> list[Record]:
     lm = make_model(size, torch.device("cpu"), tokens + length + 512, folder)
     prompt = make_prompt(lm, tokens, seed)
-    shape = f"{size}, prompt {_short(tokens)}, {length} tokens"
+    shape = f"{size}, prompt {short(tokens)}, {length} tokens"
     arms = [our_arm("group engine", lm, [prompt], group, length)]
     arms += [hf_arm(lm, [prompt], group, length, cache) for cache in ("dynamic", "static")]
     if find_spec("vllm"):
@@ -64,7 +64,8 @@ def _cpu_cell(folder: Path, size: str, tokens: int, length: int, group: int, rou
     return records
 
 
-def _short(tokens: int) -> str:
+def short(tokens: int) -> str:
+    """1024 as 1k."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
@@ -126,7 +127,7 @@ def _sync(_: object) -> None:
 
 def _shape(size: str, prompts: Sequence[Prompt]) -> str:
     tokens = 1024 * round(len(prompts[0]) / 1024) or len(prompts[0])
-    return f"{size}, prompt {_short(tokens)}, {len(prompts)} groups"
+    return f"{size}, prompt {short(tokens)}, {len(prompts)} groups"
 
 
 def _steps(lm: VideoLM, size: str, prompts: Sequence[Prompt], group: int, length: int) -> list[Record]:
@@ -196,7 +197,7 @@ def _attention(device: torch.device, group: int, tokens: int, *, small: bool) ->
         )
 
     torch.testing.assert_close(run(True), run(False), atol=2e-2, rtol=2e-2)
-    shape = f"7b heads, prompt {_short(tokens)}, {groups} groups"
+    shape = f"7b heads, prompt {short(tokens)}, {groups} groups"
     records = []
     for name, shared in (("group_decode", True), ("per row", False)):
         times = [_time(partial(run, shared), device) for _ in range(20)]

@@ -26,6 +26,9 @@ def test_claims_are_ratios_over_the_better_of_the_others() -> None:
     assert found["rollout.cpu.1k"].holds
     assert found["rollout.cpu.4k"].value == pytest.approx(4.5)
     assert not found["rollout.cpu.4k"].holds
+    longer = "demo, prompt 1k, 128 tokens"
+    records += [rate("group engine", longer, 18.0), rate("HF generate, static cache", longer, 10.0)]
+    assert {c.id: c.value for c in claims(records)}["rollout.cpu.1k"] == pytest.approx(1.8)
     assert claims(records[:1]) == []
     assert "HF generate, static cache" in tables({"records": [vars(r) for r in records]})["cells"]
 

@@ -182,7 +182,7 @@ def vllm_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int) -> 
     """vLLM with n = rows and our embeddings; its weights and empty caches from a sync before each run."""
     from vrlt_fast.rollout.vllm import VllmEngine
 
-    how = {"block_size": 32} if lm.device.type == "cpu" else {}
+    how: dict[str, Any] = {"block_size": 32} if lm.device.type == "cpu" else {}
     options = VllmConfig(max_model_len=lm.info.context, max_batched_tokens=lm.info.context, enforce_eager=True)
     made = VllmEngine(lm, options, **how)
 

@@ -10,9 +10,9 @@ import torch
 
 from vrlt_fast.config import GrpoConfig
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.vision import normalise
+from vrlt_fast.model.vision import StepVision, normalise
 from vrlt_fast.rewards.dual import dual_reward
-from vrlt_fast.rollout.engine import generate
+from vrlt_fast.rollout.engine import GroupEngine, generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.step import grpo_backward, micro_batches, score_groups, score_old, with_rewards
@@ -177,3 +177,27 @@ def test_auxiliary_groups_reach_the_shaper_only(lm, prompts, seed):
     ]
     assert [s.rewards for s in scored] == [(2.0, 4.0, 6.0), (0.0, 2.0, 4.0)]
     assert [s.advantages for s in scored] == [(-2.0, 0.0, 2.0)] * 2
+
+
+@pytest.mark.parametrize("micro_rows", [64, 4])
+def test_a_trained_tower_runs_once_for_rollout_and_all_micro_batches(lm, prompts, seed, micro_rows):
+    """Two prompts about one clip in different micro-batches among them; gradients as without sharing."""
+    config = GrpoConfig(beta=0.2)
+    reference = perturbed(lm, seed, 0.01)
+    clips = []
+    hook = lm.module.model.visual.register_forward_pre_hook(
+        lambda _, args, kwargs: clips.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    vision = StepVision(lm)
+    requests = [RolloutRequest(p, 3, Sampling(6, T), seed=seed + i) for i, p in enumerate(prompts[:4])]
+    try:
+        rolled, stats = GroupEngine(lm).generate(requests, vision=vision)
+        scored = scored_at_random(rolled, seed, config)
+        shared = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=micro_rows, held=vision)
+        assert sum(clips) == stats.clips_encoded == len({p.clip.key for p in prompts[:4]}) < 4
+    finally:
+        hook.remove()
+    ours = gradients(lm)
+    plain = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=micro_rows)
+    same(ours, gradients(lm), 1e-6)  # the tower's norms are in fp32, and its batches differ
+    assert shared.loss == pytest.approx(plain.loss, rel=1e-6, abs=1e-9)

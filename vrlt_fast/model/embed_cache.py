@@ -3,7 +3,7 @@ first.
 
 Which embeddings are good is decided by the key: the clip's key (content, frame times, geometry, how pixels were made)
 and the version of the tower's weights. A frozen tower's version is :func:`vision_fingerprint`, and its embeddings hold
-from run to run. A trained tower's are dropped by :meth:`EmbeddingCache.begin_step` and never written to disk.
+from run to run. A trained tower's are never kept: its weights change with every step.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ class EmbeddingCache:
             CUDA device (pages). Without a GPU there is no GPU tier.
         folder: of the files; None: none.
         device: of the tensors that come back.
-        fingerprint: of a frozen tower; empty: the tower is trained, and nothing is kept before the first
-            :meth:`begin_step`.
+        fingerprint: of the frozen tower.
         warn: called with one line where a tier can't be used.
     """
 
@@ -98,7 +97,7 @@ class EmbeddingCache:
         warn: Callable[[str], None],
     ):
         self.device, self.version, self.counts = torch.device(device), fingerprint, Counter[str]()
-        self._frozen, self._lock, self._open = bool(fingerprint), threading.RLock(), True
+        self._lock, self._open = threading.RLock(), True
         self._gpu: TensorTier | None = None
         self._host: TensorTier | PageTier | None = None
         self._disk: DiskTier | None = None
@@ -109,7 +108,7 @@ class EmbeddingCache:
             self._host = PageTier(host, self._off_host, self.device, warn=warn)
         elif host:
             self._host = TensorTier(host, self._off_host, self.device)
-        if disk and folder is not None and self._frozen:
+        if disk and folder is not None:
             self._disk = DiskTier(folder, disk, fingerprint, warn=warn, count=self._count)
 
     def __enter__(self) -> EmbeddingCache:
@@ -125,15 +124,6 @@ class EmbeddingCache:
             self._forget()
             if self._disk is not None:
                 self._disk.close()
-
-    def begin_step(self, version: str) -> None:
-        """The tower's weights have this version now: to be called after each change of them. All that was made with
-        another one is dropped. A frozen tower has one version, so nothing happens.
-        """
-        with self._lock:
-            if not self._frozen and version != self.version:
-                self._forget()
-                self.version = version
 
     def key(self, clip_key: str) -> str:
         """:func:`embedding_key` of a clip with the tower as it is now."""
@@ -231,7 +221,7 @@ class EmbeddingCache:
     def _keeps(self, key: str) -> bool:
         if not key.endswith(INEXACT) and _KEY.fullmatch(key) is None:
             raise ValueError(f"{key!r} is no embedding key")
-        return self._open and bool(self.version) and not key.endswith(INEXACT)
+        return self._open and not key.endswith(INEXACT)
 
     def _forget(self) -> None:
         for tier in (self._gpu, self._host):
@@ -252,13 +242,12 @@ def _check(tensors: Tensors) -> None:
 
 
 def from_config(config: Config, lm: VideoLM, run_dir: Path | None, warn: Callable[[str], None]) -> EmbeddingCache:
-    """The cache of ``[embed_cache]`` for a model, with the tower as it is now.
+    """The cache of ``[embed_cache]`` for a model whose tower is frozen.
 
     Args:
         run_dir: where the files go when the configuration names no folder; None: nowhere then.
     """
     keys, tower = config.embed_cache, lm.module.model.visual
-    frozen = not any(p.requires_grad for p in tower.parameters())
     folder = Path(keys.folder) if keys.folder else run_dir and run_dir / "embeddings"
     return EmbeddingCache(
         gpu_gb=keys.gpu_gb,
@@ -266,6 +255,6 @@ def from_config(config: Config, lm: VideoLM, run_dir: Path | None, warn: Callabl
         disk_gb=keys.disk_gb,
         folder=folder,
         device=lm.device,
-        fingerprint=vision_fingerprint(tower, mean=lm.info.mean, std=lm.info.std) if frozen else "",
+        fingerprint=vision_fingerprint(tower, mean=lm.info.mean, std=lm.info.std),
         warn=warn,
     )

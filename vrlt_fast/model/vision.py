@@ -63,28 +63,69 @@ def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> VisionEmbeds:
     return VisionEmbeds(out.pooler_output, tuple(getattr(out, "deepstack_features", None) or ()))
 
 
-def encode_media(
-    lm: VideoLM, clips: Iterable[Clip], cache: EmbeddingCache | None = None
-) -> tuple[dict[str, VisionEmbeds], list[Clip]]:
-    """The tokens of each clip by its key, and the clips that went through the tower: each once, and none that the cache
-    has.
-
-    A cache is for towers that are frozen, and there clips go through one by one, so that their bits don't depend on
-    what else is in the batch. A tower with gradients is run whatever the cache has.
+class StepVision:
+    """A trained tower over the clips of one optimizer step, each once: rollout, scoring and all micro-batches of the
+    update take the same embeddings. Their gradients add up in leaves, and :meth:`backward` takes them through the
+    tower in one pass. Holds the tower's activations until then.
     """
+
+    def __init__(self, lm: VideoLM):
+        self._lm = lm
+        self._made: dict[str, VisionEmbeds] = {}
+        self._leaves: dict[str, VisionEmbeds] = {}
+
+    def take(self, clips: Iterable[Clip]) -> tuple[dict[str, VisionEmbeds], list[Clip]]:
+        """The leaves of clips by key, and the clips that went through the tower now."""
+        by_key = {clip.key: clip for clip in clips}
+        new = [clip for key, clip in by_key.items() if key not in self._leaves]
+        if new:
+            with torch.enable_grad():
+                pieces = encode_clips(self._lm, new).split([c.n_tokens for c in new])
+            for clip, made in zip(new, pieces, strict=True):
+                leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made.tensors]
+                self._made[clip.key], self._leaves[clip.key] = made, VisionEmbeds(leaves[0], tuple(leaves[1:]))
+        return {key: self._leaves[key] for key in by_key}, new
+
+    def backward(self) -> None:
+        """Accumulate the tower's gradients from what the leaves have collected. Once; the embeddings end with it."""
+        pairs = [
+            (made, leaf.grad)
+            for key in self._made
+            for made, leaf in zip(self._made[key].tensors, self._leaves[key].tensors, strict=True)
+            if leaf.grad is not None
+        ]
+        self._made, self._leaves = {}, {}
+        if pairs:
+            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+
+
+Embeddings = EmbeddingCache | StepVision
+"""Where embeddings come from beside the tower: kept ones of a frozen tower, or those of the step of a trained one."""
+
+
+def encode_media(
+    lm: VideoLM, clips: Iterable[Clip], held: Embeddings | None = None
+) -> tuple[dict[str, VisionEmbeds], list[Clip]]:
+    """The tokens of each clip by its key, and the clips that went through the tower: each once, and none that is held.
+
+    With a cache, which is for towers that are frozen, clips go through one by one, so that their bits don't depend on
+    what else is in the batch.
+    """
+    if isinstance(held, StepVision):
+        return held.take(clips)
     by_key = {clip.key: clip for clip in clips}
-    if cache is None or not is_frozen(lm):
+    if held is None:
         pieces = encode_clips(lm, list(by_key.values())).split([c.n_tokens for c in by_key.values()]) if by_key else []
         return dict(zip(by_key, pieces, strict=True)), list(by_key.values())
     found: dict[str, VisionEmbeds] = {}
     encoded = []
     for key, clip in by_key.items():
-        name = cache.key(key)
-        kept = cache.get(name)
+        name = held.key(key)
+        kept = held.get(name)
         if kept is None:
             found[key] = encode_clips(lm, [clip])
             encoded.append(clip)
-            cache.put(name, found[key].tensors)
+            held.put(name, found[key].tensors)
         else:
             found[key] = VisionEmbeds(kept[0], tuple(kept[1:]))
     return found, encoded
@@ -102,10 +143,10 @@ def is_frozen(lm: VideoLM) -> bool:
     return not any(p.requires_grad for p in lm.module.model.visual.parameters())
 
 
-def shared_vision(lm: VideoLM, prompts: Sequence[Prompt], cache: EmbeddingCache | None = None) -> VisionEmbeds:
+def shared_vision(lm: VideoLM, prompts: Sequence[Prompt], held: Embeddings | None = None) -> VisionEmbeds:
     """The visual tokens of the prompts' media in order; a clip that stands twice is encoded once."""
     media = [clip for p in prompts for clip in p.media]
-    found, _ = encode_media(lm, media, cache)
+    found, _ = encode_media(lm, media, held)
     return in_order(lm, found, media)
 
 

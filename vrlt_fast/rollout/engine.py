@@ -17,7 +17,7 @@ from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import Inputs, join, make_inputs, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import VisionEmbeds, encode_media, in_order
+from vrlt_fast.model.vision import Embeddings, StepVision, VisionEmbeds, encode_media, in_order
 from vrlt_fast.rollout.decode import Decoder
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
@@ -39,12 +39,16 @@ class GroupEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[RolloutRequest], on_group: Callable[[Group], None] | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        on_group: Callable[[Group], None] | None = None,
+        vision: StepVision | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """Sample all requests; requests with the same prompt object share its prefill.
 
         Args:
             on_group: called with each group as soon as its last row has ended.
+            vision: of a trained tower, whose embeddings the update goes on with.
 
         Raises:
             ConfigError: C04 no request or n < 1, or a KV budget (``rollout.kv_gb``) too small for one row.
@@ -55,7 +59,8 @@ class GroupEngine:
         training = self.lm.module.training
         self.lm.module.eval()
         try:
-            return _Call(self.lm, self.config, self.cache, self._room(requests), requests, on_group).run()
+            held = vision or self.cache
+            return _Call(self.lm, self.config, held, self._room(requests), requests, on_group).run()
         finally:
             self.lm.module.train(training)
 
@@ -115,7 +120,7 @@ class _Call:
 
     lm: VideoLM
     config: RolloutConfig
-    cache: EmbeddingCache | None
+    held: Embeddings | None
     decoder: Decoder
     requests: Sequence[RolloutRequest]
     on_group: Callable[[Group], None] | None
@@ -177,7 +182,7 @@ class _Call:
         """Embeddings of the new prompts' clips, each clip once a call."""
         begin = perf_counter()
         clips = [c for r in fresh for c in r.prompt.media if c.key not in self._vision]
-        found, encoded = encode_media(self.lm, clips, self.cache)
+        found, encoded = encode_media(self.lm, clips, self.held)
         self._vision |= found
         self.stats.clips_encoded += len(encoded)
         self.stats.frames_encoded += sum(len(c.times) for c in encoded)

@@ -8,6 +8,7 @@ from typing import Protocol
 from vrlt_fast.config import Config
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.vision import StepVision
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.vllm import VllmEngine
@@ -21,9 +22,12 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, requests: Sequence[RolloutRequest], on_group: Callable[[Group], None] | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        on_group: Callable[[Group], None] | None = None,
+        vision: StepVision | None = None,
     ) -> tuple[list[Group], RolloutStats]:
-        """All requests; ``on_group`` is called with each group that is complete."""
+        """All requests; ``on_group`` is called with each complete group; ``vision`` as in :class:`GroupEngine`."""
         ...
 
     def close(self) -> None:
@@ -38,5 +42,5 @@ def open_engine(config: Config, lm: VideoLM, cache: EmbeddingCache | None = None
         SetupError: as :class:`VllmEngine`.
     """
     if config.rollout.engine == "vllm":
-        return VllmEngine(lm, config.vllm)
+        return VllmEngine(lm, config.vllm, cache)
     return GroupEngine(lm, config.rollout, cache)

@@ -19,12 +19,14 @@ import torch
 
 from vrlt_fast.config import VllmConfig
 from vrlt_fast.errors import Problem, SetupError
+from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import shared_vision
+from vrlt_fast.model.vision import Embeddings, StepVision, encode_media
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.video.preprocess import Clip
 
 FAMILIES = ("qwen2_5_vl",)
 _ENVIRONMENT = {
@@ -51,18 +53,19 @@ class VllmEngine:
     :meth:`sync` comes before the first :meth:`generate` and after every change of the weights.
     """
 
-    def __init__(self, lm: VideoLM, options: VllmConfig, **engine_args: object):
+    def __init__(self, lm: VideoLM, options: VllmConfig, cache: EmbeddingCache | None = None, **engine_args: object):
         """Start vLLM without weights.
 
         Args:
             lm: the trainer's model, whose weights :meth:`sync` hands over.
+            cache: of a frozen tower's embeddings.
             engine_args: further arguments of ``vllm.LLM``, over those made from ``options``.
 
         Raises:
             SetupError: as :func:`check_vllm`; E01 where vLLM can't be imported, E04 where it doesn't start.
         """
         check_vllm(lm.info.family)
-        self._lm: VideoLM = lm
+        self._lm, self._cache = lm, cache
         self._sync_seconds: float | None = None
         self._scale = 1.0
         if torch.distributed.is_initialized():  # vLLM would take it for its own, and end it when it stops
@@ -94,7 +97,10 @@ class VllmEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[RolloutRequest], on_group: Callable[[Group], None] | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        on_group: Callable[[Group], None] | None = None,
+        vision: StepVision | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """Sample all requests.
 
@@ -104,6 +110,7 @@ class VllmEngine:
 
         Args:
             on_group: called with each group, in order, once all are complete.
+            vision: of a trained tower, whose embeddings the update goes on with.
 
         Raises:
             ValueError: no request, or n < 1.
@@ -115,16 +122,15 @@ class VllmEngine:
             raise RuntimeError("sync comes before generate: vLLM has no weights yet")
         prompts = [r.prompt for r in requests]
         begin = perf_counter()
-        vision = self._encode(prompts)
+        embeds, fresh = self._encode(prompts, vision or self._cache)
         encoded = perf_counter()
         before = self._prefix_counts()
-        outputs = self._sample(requests, vision)
+        outputs = self._sample(requests, embeds)
         groups = [self._group(r, o) for r, o in zip(requests, outputs, strict=True)]
         queries, hits = (now - then for now, then in zip(self._prefix_counts(), before, strict=True))
-        clips = {p.clip.key: p.clip for p in prompts}
         stats = RolloutStats(
-            clips_encoded=len(clips),
-            frames_encoded=sum(len(c.times) for c in clips.values()),
+            clips_encoded=len(fresh),
+            frames_encoded=sum(len(c.times) for c in fresh),
             prefills=len(requests),
             tokens_generated=sum(len(c.tokens) for g in groups for c in g.completions),
             prefix_tokens_prefilled=queries - hits,
@@ -142,24 +148,22 @@ class VllmEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """Embeddings [visual tokens, hidden] of each prompt's clip on the host, one tensor a clip."""
+    def _encode(self, prompts: Sequence[Prompt], held: Embeddings | None) -> tuple[list[torch.Tensor], list[Clip]]:
+        """Embeddings [visual tokens, hidden] of each prompt's clip on the host, and the clips that were encoded."""
         for prompt in prompts:
             if [clip.kind for clip in prompt.media] != ["video"]:
                 what, where = "the vLLM engine takes prompts of one video", prompt.sample.line or prompt.sample.id
                 why = f"this one shows {len(prompt.media)} videos and images"
                 fix = 'set prompt.images = false, or rollout.engine = "group"'
                 raise SetupError(Problem("VRLT-M02", what, where, why, fix))
-        clips = {p.clip.key: p for p in prompts}
         training = self._lm.module.training
         self._lm.module.eval()
         try:
-            tokens = shared_vision(self._lm, list(clips.values())).embeds.cpu()
+            found, fresh = encode_media(self._lm, [p.clip for p in prompts], held)
         finally:
             self._lm.module.train(training)
-        pieces = tokens.split([len(p.visual) for p in clips.values()])
-        by_key = dict(zip(clips, pieces, strict=True))
-        return [by_key[p.clip.key] for p in prompts]
+        on_host = {key: tokens.embeds.detach().cpu() for key, tokens in found.items()}
+        return [on_host[p.clip.key] for p in prompts], fresh
 
     def _sample(self, requests: Sequence[RolloutRequest], vision: Sequence[torch.Tensor]) -> list[Any]:
         """vLLM's answers to the requests, in their order; a call of vLLM for each temperature."""

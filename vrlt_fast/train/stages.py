@@ -14,6 +14,7 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
+from vrlt_fast.model.vision import StepVision, is_frozen
 from vrlt_fast.rewards.dual import dual_reward, unshaped
 from vrlt_fast.rollout.engines import open_engine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
@@ -139,13 +140,18 @@ class GrpoStage:
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
         if not prompts:
             return record | clock.record()
-        scored, rolled = self._rollout(self._requests(prompts, step), step, clock)
-        stats, norm = self._update(scored, lr, clock)
+        vision = self._step_vision()
+        scored, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
+        stats, norm = self._update(scored, lr, clock, vision)
         record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
         return record | ({"embed_cache": self._cache.stats()} if self._cache else {})
 
+    def _step_vision(self) -> StepVision | None:
+        """For the weights as they are now; None where the tower is frozen."""
+        return None if is_frozen(self.lm) else StepVision(self.lm)
+
     def _rollout(
-        self, requests: Sequence[RolloutRequest], step: int, clock: Clock
+        self, requests: Sequence[RolloutRequest], step: int, clock: Clock, vision: StepVision | None
     ) -> tuple[list[ScoredGroup], RolloutStats]:
         """Scored groups in the order of the requests; each is scored and written down as soon as it is complete."""
         scored: dict[int, ScoredGroup] = {}
@@ -158,7 +164,7 @@ class GrpoStage:
                 self._keep(completion_records([one], step))
 
         self._engine.sync(self.lm)
-        _, rolled = self._engine.generate(requests, finish)
+        _, rolled = self._engine.generate(requests, finish, vision)
         clock.phases |= rolled.seconds
         clock.phases["generate"] -= clock.phases["reward"]
         return [scored[id(request)] for request in requests], rolled
@@ -182,14 +188,17 @@ class GrpoStage:
         (shuffled,) = with_rewards([scored.group], [scored.parts], [rewards], self.config.grpo)
         return shuffled
 
-    def _update(self, scored: Sequence[ScoredGroup], lr: float, clock: Clock) -> tuple[UpdateStats, float]:
+    def _update(
+        self, scored: Sequence[ScoredGroup], lr: float, clock: Clock, vision: StepVision | None
+    ) -> tuple[UpdateStats, float]:
         """All optimizer steps on one rollout; returns the counters of the last one."""
         config, micro_rows = self.config, self.config.train.micro_rows
         temperature = config.rollout.temperature
         begin = perf_counter()
         old = None
         if config.grpo.updates > 1:
-            old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows, cache=self._cache)
+            held = vision or self._cache
+            old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows, held=held)
         reference_seconds, mismatch = 0.0, None
         for _ in range(config.grpo.updates):
             stats = grpo_backward(
@@ -200,12 +209,13 @@ class GrpoStage:
                 temperature=temperature,
                 micro_rows=micro_rows,
                 old=old,
-                cache=self._cache,
+                held=vision or self._cache,
             )
             norm = apply_step(self.lm, self.optimizer, stats.loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds
             mismatch = mismatch or stats.mismatch  # of the weights that rolled out
             stats.mismatch = mismatch
+            vision = self._step_vision()  # the weights are others now
         clock.phases["reference"] = reference_seconds
         clock.phases["update"] = perf_counter() - begin - reference_seconds
         return stats, norm

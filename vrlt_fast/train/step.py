@@ -10,11 +10,10 @@ from time import perf_counter
 import torch
 
 from vrlt_fast.config import GrpoConfig
-from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import GroupLayout, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.vision import shared_vision
+from vrlt_fast.model.vision import Embeddings, StepVision, shared_vision
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
 from vrlt_fast.rollout.group import Group
 from vrlt_fast.train.mismatch import Mismatch
@@ -91,13 +90,13 @@ def grpo_backward(
     temperature: float,
     micro_rows: int,
     old: Sequence[torch.Tensor] | None = None,
-    cache: EmbeddingCache | None = None,
+    held: Embeddings | None = None,
 ) -> UpdateStats:
     """Accumulate the gradient of the step's loss. The normaliser is the whole step's, so micro-batches don't change it.
 
     Args:
         old: log-probs [N] of each micro-batch under the policy that rolled out; None: the current policy (mu = 1).
-        cache: embeddings of a frozen tower.
+        held: embeddings of a frozen tower, or of the step of a trained one, which ends with this call.
     """
     stats = UpdateStats(tokens=sum(len(c.tokens) for s in scored for c in s.group.completions))
     rows = sum(len(s.advantages) for s in scored)
@@ -105,7 +104,7 @@ def grpo_backward(
         layout = group_layout(lm, chunk)
         advantages = torch.tensor([a for s in chunk for a in s.advantages], device=lm.device)
         prompts = [s.group.request.prompt for s in chunk]
-        vision = shared_vision(lm, prompts, cache)
+        vision = shared_vision(lm, prompts, held)
         begin = perf_counter()
         ref_logp = None
         if reference is not None and grpo.beta > 0:
@@ -132,6 +131,8 @@ def grpo_backward(
         stats.entropy += float(entropy.detach().sum())
         stats.tokens_trained += layout.tokens_trained
         stats.tokens_logical += layout.tokens_logical
+    if isinstance(held, StepVision):
+        held.backward()
     return stats
 
 
@@ -142,13 +143,13 @@ def score_old(
     *,
     temperature: float,
     micro_rows: int,
-    cache: EmbeddingCache | None = None,
+    held: Embeddings | None = None,
 ) -> list[torch.Tensor]:
     """Log-probs [N] of each micro-batch under the current policy, for steps with more than one update."""
     out = []
     for chunk in micro_batches(scored, micro_rows):
         layout = group_layout(lm, chunk)
-        vision = shared_vision(lm, [s.group.request.prompt for s in chunk], cache)
+        vision = shared_vision(lm, [s.group.request.prompt for s in chunk], held)
         out.append(target_logprobs(lm, layout, vision, temperature)[0])
     return out
 

@@ -50,7 +50,7 @@ def group_attention_fwd(
     scale: float,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """out [N, Hq, d] and lse [N, Hq]."""
-    return flash.forward(query, key, value, _spans(prefix, counts, lengths), scale)
+    return flash.forward(flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale))
 
 
 @group_attention_fwd.register_fake
@@ -72,7 +72,8 @@ def group_attention_bwd(
     scale: float,
 ) -> Three:
     """Gradients of query, key and value."""
-    return flash.backward(grad, query, key, value, out, lse, _spans(prefix, counts, lengths), scale)
+    x = flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale)
+    return flash.backward(grad, x, out, lse)
 
 
 @group_attention_bwd.register_fake

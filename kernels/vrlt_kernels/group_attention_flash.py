@@ -7,7 +7,7 @@ varlen kernel on the packed tensors, one call for what is causal within a segmen
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import List, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
 
@@ -29,25 +29,24 @@ def merge(
     return (out * first + other * second).to(out.dtype), merged
 
 
-def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans, scale: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+class Packed(NamedTuple):
+    """What attends: query [N, Hq, d], key and value [N, Hk, d] of groups that stand as ``spans`` says."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    spans: GroupSpans
+    scale: float
+
+
+def forward(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
     """Merged out [N, Hq, d] in the query's dtype, and lse [N, Hq] fp32 (fp64 for fp64)."""
-    return (_forward_cuda if query.is_cuda else _forward_cpu)(query, key, value, spans, scale)
+    return (_forward_cuda if x.query.is_cuda else _forward_cpu)(x)
 
 
-def backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    spans: GroupSpans,
-    scale: float,
-) -> Three:
+def backward(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
     """Gradients of query, key and value. Both calls get the merged output and lse: then their sum is exact."""
-    return (_backward_cuda if query.is_cuda else _backward_cpu)(grad, query, key, value, out, lse, spans, scale)
+    return (_backward_cuda if x.query.is_cuda else _backward_cpu)(grad, x, out, lse)
 
 
 def chunk(
@@ -87,17 +86,16 @@ def _by_kv(x: torch.Tensor, kv: int) -> torch.Tensor:
     return view
 
 
-def _forward_cpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans, scale: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _forward_cpu(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, spans, scale = x
     kv, repeat = key.shape[1], query.shape[1] // key.shape[1]
     q, k, v = _by_kv(query, kv), _by_kv(key, kv), _by_kv(value, kv)
-    k, v = (x.expand(-1, repeat, -1, -1) for x in (k, v))
+    k, v = (t.expand(-1, repeat, -1, -1) for t in (k, v))
     out = torch.empty(query.shape, dtype=query.dtype)
     lse = torch.empty(query.shape[:2], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     o, sums = _by_kv(out, kv), lse.unflatten(1, (kv, -1)).permute(1, 2, 0)
     if any(spans.row_tokens):
-        _own_forward(query, key, value, out, lse, spans, scale)
+        _own_forward(x, out, lse)
     for start, prefix, rows in zip(spans.starts[:-1], spans.prefix, spans.row_tokens, strict=True):
         head, tail = slice(start, start + prefix), slice(start + prefix, start + prefix + rows)
         if not prefix:
@@ -110,48 +108,30 @@ def _forward_cpu(
     return out, lse
 
 
-def _rectangle(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor, width: int
-) -> List[torch.Tensor]:
+def _rectangle(x: Packed, places: torch.Tensor, width: int) -> List[torch.Tensor]:
     """Rows as [rows, Hq, R, d], keys and values repeated for the query heads."""
-    repeat = query.shape[1] // key.shape[1]
-    wide = [query[places], *(x[places].repeat_interleave(repeat, dim=1) for x in (key, value))]
-    return [x.unflatten(0, (-1, width)).transpose(1, 2) for x in wide]
+    repeat = x.query.shape[1] // x.key.shape[1]
+    wide = [x.query[places], *(t[places].repeat_interleave(repeat, dim=1) for t in (x.key, x.value))]
+    return [t.unflatten(0, (-1, width)).transpose(1, 2) for t in wide]
 
 
-def _own_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    spans: GroupSpans,
-    scale: float,
-) -> None:
+def _own_forward(x: Packed, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Rows on themselves. Padding stands on the right, where a causal row doesn't look."""
-    places, real, width = spans.padded_rows(query.device)
-    found, sums = _cpu(*_rectangle(query, key, value, places, width), 0.0, True, scale=scale)
+    places, real, width = x.spans.padded_rows(x.query.device)
+    found, sums = _cpu(*_rectangle(x, places, width), 0.0, True, scale=x.scale)
     rows = places[real]
     out[rows] = found.transpose(1, 2).flatten(0, 1)[real]
     lse[rows] = sums.transpose(1, 2).flatten(0, 1)[real]
 
 
-def _backward_cpu(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    spans: GroupSpans,
-    scale: float,
-) -> Three:
+def _backward_cpu(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
+    query, key, value, spans, scale = x
     kv, repeat = key.shape[1], query.shape[1] // key.shape[1]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value))
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
     if any(spans.row_tokens):
-        _own_backward((dq, dk, dv), grad, query, key, value, out, lse, spans, scale)
-    q, k, v, o, g = (_by_kv(x, kv) for x in (query, key, value, out, grad))
-    k, v = (x.expand(-1, repeat, -1, -1) for x in (k, v))
+        _own_backward((dq, dk, dv), grad, x, out, lse)
+    q, k, v, o, g = (_by_kv(t, kv) for t in (query, key, value, out, grad))
+    k, v = (t.expand(-1, repeat, -1, -1) for t in (k, v))
     sums = lse.unflatten(1, (kv, -1)).permute(1, 2, 0)
     into_q, into_k, into_v = _by_kv(dq, kv), dk.transpose(0, 1), dv.transpose(0, 1)
     for start, prefix, rows in zip(spans.starts[:-1], spans.prefix, spans.row_tokens, strict=True):
@@ -176,25 +156,15 @@ def _backward_cpu(
     return dq, dk, dv
 
 
-def _own_backward(
-    into: Three,
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    spans: GroupSpans,
-    scale: float,
-) -> None:
-    places, real, width = spans.padded_rows(query.device)
-    rows, kv = places[real], key.shape[1]
+def _own_backward(into: Three, grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> None:
+    places, real, width = x.spans.padded_rows(x.query.device)
+    rows, kv = places[real], x.key.shape[1]
     mask = torch.zeros(len(places), 1, 1, dtype=grad.dtype)
     mask[real] = 1  # a padded token's gradient is 0, so that its keys and values get none
     g = (grad[places] * mask).unflatten(0, (-1, width)).transpose(1, 2)
-    o, sums = (x[places].unflatten(0, (-1, width)).transpose(1, 2) for x in (out, lse))
-    more = _cpu_backward(g, *_rectangle(query, key, value, places, width), o, sums, 0.0, True, scale=scale)
-    flat = [x.transpose(1, 2).flatten(0, 1)[real] for x in more]
+    o, sums = (t[places].unflatten(0, (-1, width)).transpose(1, 2) for t in (out, lse))
+    more = _cpu_backward(g, *_rectangle(x, places, width), o, sums, 0.0, True, scale=x.scale)
+    flat = [t.transpose(1, 2).flatten(0, 1)[real] for t in more]
     into[0][rows] = flat[0]
     into[1][rows] = flat[1].unflatten(1, (kv, -1)).sum(2)
     into[2][rows] = flat[2].unflatten(1, (kv, -1)).sum(2)
@@ -204,16 +174,16 @@ def _cumulative(spans: GroupSpans, name: str, lengths: Sequence[int], device: to
     return spans.index(name, list(accumulate(lengths, initial=0)), torch.int32, device)
 
 
-def _cuda_calls(spans: GroupSpans, device: torch.device) -> List[Tuple[torch.Tensor, torch.Tensor, int, int, bool]]:
-    """cu_seqlens of queries and keys, longest of each, causal: (a) each segment on itself, (b) rows on their prefix."""
+def _cuda_calls(spans: GroupSpans, device: torch.device) -> List[Tuple[torch.Tensor, torch.Tensor, int, int]]:
+    """cu_seqlens of queries and keys, longest of each: (a) each segment on itself, (b) rows on their prefix, if any."""
     own = _cumulative(spans, "segments", spans.segments, device)
-    calls = [(own, own, max(spans.segments), max(spans.segments), True)]
+    calls = [(own, own, max(spans.segments), max(spans.segments))]
     both = _crossing(spans)
     if both:
         rows, prefixes = [spans.row_tokens[g] for g in both], [spans.prefix[g] for g in both]
         queries = _cumulative(spans, "cross rows", rows, device)
         keys = _cumulative(spans, "cross prefixes", prefixes, device)
-        calls.append((queries, keys, max(rows), max(prefixes), False))
+        calls.append((queries, keys, max(rows), max(prefixes)))
     return calls
 
 
@@ -236,60 +206,34 @@ def _cross_places(spans: GroupSpans, device: torch.device) -> Tuple[torch.Tensor
     )
 
 
-def _forward_cuda(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans, scale: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _forward_cuda(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, spans, scale = x
     own, *cross = _cuda_calls(spans, query.device)
-    out, lse, *_ = _cuda(query, key, value, *own[:4], 0.0, True, False, scale=scale)
+    out, lse, *_ = _cuda(query, key, value, *own, 0.0, True, False, scale=scale)
     lse = lse.transpose(0, 1).contiguous()
-    for cu_q, cu_k, longest_q, longest_k, _ in cross:
+    for call in cross:
         rows, heads = _cross_places(spans, query.device)
-        seen, seen_lse, *_ = _cuda(
-            query[rows], key[heads], value[heads], cu_q, cu_k, longest_q, longest_k, 0.0, False, False, scale=scale
-        )
+        seen, seen_lse, *_ = _cuda(query[rows], key[heads], value[heads], *call, 0.0, False, False, scale=scale)
         out[rows], lse[rows] = merge(out[rows], lse[rows], seen, seen_lse.transpose(0, 1))
     return out, lse
 
 
-def _backward_cuda(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    spans: GroupSpans,
-    scale: float,
-) -> Three:
+def _backward_cuda(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
+    query, key, value, spans, scale = x
     own, *cross = _cuda_calls(spans, query.device)
     none = torch.empty(2, dtype=torch.uint64, device=query.device)  # random state of a dropout that there isn't
     sums = lse.transpose(0, 1).contiguous()
     dq, dk, dv = _cuda_backward(
-        grad.contiguous(), query, key, value, out, sums, *own[:4], 0.0, True, none, none, scale=scale
+        grad.contiguous(), query, key, value, out, sums, *own, 0.0, True, none, none, scale=scale
     )
-    for cu_q, cu_k, longest_q, longest_k, _ in cross:
+    for call in cross:
         rows, heads = _cross_places(spans, query.device)
-        more = _cuda_backward(
-            grad[rows],
-            query[rows],
-            key[heads],
-            value[heads],
-            out[rows],
-            sums[:, rows].contiguous(),
-            cu_q,
-            cu_k,
-            longest_q,
-            longest_k,
-            0.0,
-            False,
-            none,
-            none,
-            scale=scale,
-        )
+        parts = (grad[rows], query[rows], key[heads], value[heads], out[rows], sums[:, rows].contiguous())
+        more = _cuda_backward(*parts, *call, 0.0, False, none, none, scale=scale)
         dq.index_add_(0, rows, more[0])
         dk.index_add_(0, heads, more[1])
         dv.index_add_(0, heads, more[2])
     return dq, dk, dv
 
 
-__all__ = ["backward", "chunk", "forward", "merge"]
+__all__ = ["Packed", "backward", "chunk", "forward", "merge"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +18,11 @@ from vrlt_kernels import (
     group_attention,
     group_attention_ref,
 )
+from vrlt_kernels import group_attention_flash as flash
 from vrlt_kernels.group_attention import group_attention_bwd, group_attention_fwd
+
+CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 CASES = [
     GroupSpans.of([5], [[]]),
@@ -131,6 +137,62 @@ def test_wrong_spans_are_named():
         GroupSpans.of([1, 2], [[1]])
     with pytest.raises(KernelInputError, match="at least 0"):
         GroupSpans.of([1], [[-1]])
+
+
+def by_segments(function, tensors, cu_q, cu_k):
+    """Calls ``function`` on the slices of packed queries (first list) and keys (second), [1, H, n, d] each."""
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        parts = [t[a:b] if n == "q" else t[c:d] for n, t in tensors]
+        yield slice(a, b), slice(c, d), function(*(p.transpose(0, 1)[None] for p in parts)) if b > a and d > c else None
+
+
+def varlen(query, key, value, cu_q, cu_k, longest_q, longest_k, dropout, causal, debug, *, scale):
+    """aten's varlen flash attention by its schema: lse [H, N], +inf for queries without keys."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (longest_q, longest_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    repeat = query.shape[1] // key.shape[1]
+    out, lse = torch.zeros_like(query), query.new_full(query.shape[:2][::-1], float("inf"))
+    wide = [("q", query), *(("k", t.repeat_interleave(repeat, 1)) for t in (key, value))]
+    run = partial(CPU, dropout_p=0.0, is_causal=causal, scale=scale)
+    for rows, _, found in by_segments(run, wide, cu_q, cu_k):
+        if found is not None:
+            out[rows], lse[:, rows] = found[0][0].transpose(0, 1), found[1][0]
+    return out, lse, None, None, None
+
+
+def varlen_backward(grad, query, key, value, out, lse, cu_q, cu_k, lq, lk, dropout, causal, state, unused, *, scale):
+    """Its backward pass, by the schema."""
+    repeat = query.shape[1] // key.shape[1]
+    wide = [("q", grad), ("q", query), *(("k", t.repeat_interleave(repeat, 1)) for t in (key, value))]
+    wide += [("q", out), ("q", lse.transpose(0, 1)[..., None])]
+
+    def run(g, q, k, v, o, sums):
+        return CPU_BACKWARD(g, q, k, v, o, sums[..., 0], 0.0, causal, scale=scale)
+
+    dq, dk, dv = (torch.zeros_like(t) for t in (query, key, value))
+    for rows, keys, found in by_segments(run, wide, cu_q, cu_k):
+        if found is not None:
+            dq[rows] = found[0][0].transpose(0, 1)
+            for into, more in ((dk, found[1]), (dv, found[2])):
+                into[keys] = more[0].transpose(0, 1).unflatten(1, (key.shape[1], repeat)).sum(2)
+    return dq, dk, dv
+
+
+@pytest.mark.parametrize("spans", [c for c in CASES if c.tokens], ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_two_varlen_calls_of_cuda_are_put_together(spans, heads, seed, monkeypatch):
+    """The index arithmetic and merging of the CUDA path, with CPU calls of the same schema in place of its kernels."""
+    monkeypatch.setattr(flash, "_cuda", varlen)
+    monkeypatch.setattr(flash, "_cuda_backward", varlen_backward)
+    inputs = tensors(spans, heads, 16, seed)
+    x = flash.Packed(*(t.detach() for t in inputs), spans, 0.3)
+    out, lse = flash._forward_cuda(x)
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    grads = flash._backward_cuda(weight, x, out, lse)
+    exact, exact_grads = run(group_attention_ref, [t.detach().double().requires_grad_() for t in inputs], spans, 0.3)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=2e-6)
+    for ours, right in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(ours.double(), right, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("past", [0, 1, 37])

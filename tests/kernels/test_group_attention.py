@@ -146,8 +146,9 @@ def by_segments(function, tensors, cu_q, cu_k):
         yield slice(a, b), slice(c, d), function(*(p.transpose(0, 1)[None] for p in parts)) if b > a and d > c else None
 
 
-def varlen(query, key, value, cu_q, cu_k, longest_q, longest_k, dropout, causal, debug, *, scale):
+def varlen(query, key, value, cu_q, cu_k, *rest, scale):
     """aten's varlen flash attention by its schema: lse [H, N], +inf for queries without keys."""
+    longest_q, longest_k, _, causal, _ = rest
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (longest_q, longest_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     repeat = query.shape[1] // key.shape[1]
@@ -160,8 +161,9 @@ def varlen(query, key, value, cu_q, cu_k, longest_q, longest_k, dropout, causal,
     return out, lse, None, None, None
 
 
-def varlen_backward(grad, query, key, value, out, lse, cu_q, cu_k, lq, lk, dropout, causal, state, unused, *, scale):
+def varlen_backward(grad, query, key, value, *rest, scale):
     """Its backward pass, by the schema."""
+    out, lse, cu_q, cu_k, _, _, _, causal, _, _ = rest
     repeat = query.shape[1] // key.shape[1]
     wide = [("q", grad), ("q", query), *(("k", t.repeat_interleave(repeat, 1)) for t in (key, value))]
     wide += [("q", out), ("q", lse.transpose(0, 1)[..., None])]

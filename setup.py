@@ -22,26 +22,36 @@ ROOT = Path(__file__).resolve().parent
 SWITCH = os.environ.get("VRLT_NATIVE", "")
 TORCH_ABI = "0x020b000000000000ull"  # torch 2.11: the oldest the library then runs with
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Icsrc"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 CPU_SOURCES = {  # with the flags of their instruction set, which the library asks the machine for before it uses them
     "binding.cpp": ["-O2"],
     "row_cpu.cpp": [],
     "row_cpu_generic.cpp": [],
-    "row_cpu_avx2.cpp": ["-mavx2", "-mfma"],
-    "row_cpu_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mfma", "-mprefer-vector-width=512"),
-    ],
+    "row_cpu_avx2.cpp": AVX2,
+    "row_cpu_avx512.cpp": AVX512,
+    "decode_binding.cpp": ["-O2"],
+    "decode_cpu.cpp": [],
+    "decode_cpu_generic.cpp": [],
+    "decode_cpu_avx2.cpp": AVX2,
+    "decode_cpu_avx512.cpp": AVX512,
+    "linear_binding.cpp": ["-O2"],
+    "layer_binding.cpp": [],
+    "linear_cpu.cpp": [],
+    "linear_cpu_generic.cpp": [],
+    "linear_cpu_avx2.cpp": AVX2,
+    "linear_cpu_avx512.cpp": AVX512,
     "patchify_binding.cpp": ["-O2"],
     "patchify_plan.cpp": [],
     "patchify_cpu.cpp": [],
     "patchify_generic.cpp": [],
-    "patchify_avx2.cpp": ["-mavx2", "-mfma"],
-    "patchify_vbmi.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni"),
-        *("-mfma", "-mprefer-vector-width=512"),
-    ],
+    "patchify_avx2.cpp": AVX2,
+    "patchify_vbmi.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vnni"],
 }
-X86_ONLY = {"row_cpu_avx2.cpp", "row_cpu_avx512.cpp", "patchify_avx2.cpp", "patchify_vbmi.cpp"}
+X86_ONLY = {
+    *(f"{name}_cpu_{isa}.cpp" for name in ("row", "decode", "linear") for isa in ("avx2", "avx512")),
+    *("patchify_avx2.cpp", "patchify_vbmi.cpp"),
+}
 GENCODE = [
     *("-gencode", "arch=compute_80,code=sm_80"),
     *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),

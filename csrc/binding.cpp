@@ -1,40 +1,18 @@
 // The ops `vrlt_native::*`: schemas, and their CPU implementations over row_cpu.h. What they compute: row_core.h.
-#include "binding.h"
-
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
-#include "row_cpu.h"
+#include "cpu_binding.h"
 
 namespace vrlt_binding {
 
 // Raised with the schemas; _native.py refuses a library that says another number.
-constexpr int64_t SCHEMA_VERSION = 2;
+constexpr int64_t SCHEMA_VERSION = 3;
 
 int64_t schema_version() {
   return SCHEMA_VERSION;
 }
-
-// A vector of N numbers, or one number for all rows, of either type and any stride.
-class Column {
- public:
-  explicit Column(const Tensor& x)
-      : data_(x.const_data_ptr()), stride_(x.numel() == 1 ? 0 : x.stride(0)), type_(x.scalar_type()) {}
-  double operator[](int64_t i) const {
-    return type_ == ScalarType::Double ? static_cast<const double*>(data_)[i * stride_]
-                                       : static_cast<const float*>(data_)[i * stride_];
-  }
-  int64_t index(int64_t i) const {
-    return type_ == ScalarType::Long ? static_cast<const int64_t*>(data_)[i * stride_]
-                                     : static_cast<const int32_t*>(data_)[i * stride_];
-  }
-
- private:
-  const void* data_;
-  int64_t stride_;
-  ScalarType type_;
-};
 
 class Results {
  public:
@@ -51,21 +29,6 @@ class Results {
   bool wide_;
 };
 
-vrlt_cpu::DType row_dtype(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return vrlt_cpu::DType::f32;
-    case ScalarType::BFloat16:
-      return vrlt_cpu::DType::bf16;
-    case ScalarType::Double:
-      return vrlt_cpu::DType::f64;
-    default:
-      STD_TORCH_CHECK(
-          false, "logits: got ", torch::headeronly::toString(logits.scalar_type()),
-          ", needs float32, bfloat16 or float64 on the CPU");
-  }
-}
-
 struct Rows {
   Rows(const Tensor& logits, const Tensor& target, const Tensor& inverse)
       : count(logits.size(0)),
@@ -73,7 +36,7 @@ struct Rows {
         bytes(logits.stride(0) * static_cast<int64_t>(logits.element_size())),
         targets(target),
         inverses(inverse),
-        functions(vrlt_cpu::row_functions(row_dtype(logits))) {
+        functions(vrlt_cpu::row_functions(cpu_dtype(logits, "logits"))) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = targets.index(i);
       STD_TORCH_CHECK(

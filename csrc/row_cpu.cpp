@@ -17,23 +17,31 @@ extern const RowFunctions* const functions;
 }
 #endif
 
-const RowFunctions* functions_for(DType dtype, Isa isa) {
-  const RowFunctions* tables = nullptr;
-  if (isa == Isa::generic) tables = generic::functions;
+bool supports(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (isa == Isa::avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables = avx2::functions;
-  if (isa == Isa::avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    tables = avx512::functions;
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-  return tables == nullptr ? nullptr : tables + static_cast<int>(dtype);
+  return isa == Isa::generic;
 }
 
-static Isa best_isa() {
+Isa best_isa() {
   for (const Isa isa : {Isa::avx512, Isa::avx2})
-    if (functions_for(DType::f32, isa) != nullptr) return isa;
+    if (supports(isa)) return isa;
   return Isa::generic;
+}
+
+const RowFunctions* functions_for(DType dtype, Isa isa) {
+  if (!supports(isa)) return nullptr;
+  const RowFunctions* tables = generic::functions;
+#if defined(__x86_64__)
+  if (isa == Isa::avx2) tables = avx2::functions;
+  if (isa == Isa::avx512) tables = avx512::functions;
+#endif
+  return tables + static_cast<int>(dtype);
 }
 
 const RowFunctions& row_functions(DType dtype) {

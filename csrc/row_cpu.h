@@ -28,6 +28,10 @@ struct RowFunctions {
   Stats (*fused)(void* logits, int64_t width, int64_t target, double inverse_temperature);
 };
 
+// Whether the build contains an instruction set and the machine has it.
+bool supports(Isa isa);
+Isa best_isa();
+
 // The fastest this machine runs; `functions_for` returns nullptr where the machine or the build lacks the instructions.
 const RowFunctions& row_functions(DType dtype);
 const RowFunctions* functions_for(DType dtype, Isa isa);

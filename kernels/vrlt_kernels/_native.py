@@ -29,7 +29,7 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 
-_SCHEMA_VERSION = 2  # of csrc/binding.cpp
+_SCHEMA_VERSION = 3  # of csrc/binding.cpp
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCE = _PACKAGE.parent.parent  # of a checkout: csrc/ and setup.py are there
 _lock = threading.Lock()

@@ -18,7 +18,7 @@ CACHES = ("prefix_key", "prefix_value", "suffix_key", "suffix_value")
 Problem = dict[str, Any]
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["triton", "native", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """With NaN in all that is allocated without a value."""
     torch.use_deterministic_algorithms(True)

@@ -12,6 +12,7 @@ import torch
 
 from vrlt_fast.model.language import Inputs, run_text
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.rollout.cpu_step import CpuStep, cpu_step
 from vrlt_fast.rollout.kv import KvStore
 from vrlt_fast.rollout.passes import DecodePass
 from vrlt_fast.rollout.rows import Resident, Row
@@ -81,10 +82,12 @@ class Decoder:
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]] = {}
         self._weights: tuple[int, ...] = ()
         self._pool: Any = None
+        self._cpu: CpuStep | None = None
 
     def begin(self) -> None:
         """Before a call: free all room, and drop graphs of weights that are elsewhere now."""
         self.store.clear()
+        self._cpu = cpu_step(self.lm)
         weights = tuple(p.data_ptr() for p in self.lm.module.parameters()) if self.graphs else ()
         if weights != self._weights:
             self._captured.clear()
@@ -116,6 +119,8 @@ class Decoder:
         start, length = numbers.prompts
         most = min(self.max_group, len(tokens))
         group_pass = DecodePass(self.store, slots, columns, own, start, length, numbers.offsets, most)
+        if self._cpu is not None:
+            return self._cpu.logits(tokens, positions, group_pass)
         embeds = self.lm.module.get_input_embeddings()(tokens)
         hidden = run_text(self.lm, Inputs(embeds, positions.expand(3, -1)), group_pass)
         logits: torch.Tensor = self.lm.module.lm_head(hidden)

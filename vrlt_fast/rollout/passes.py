@@ -71,4 +71,5 @@ class DecodePass:
             scale=scale,
             max_prefix=self.store.plan.longest,
             max_group=self.max_group,
+            validate=layer == 0,
         )

@@ -1,0 +1,83 @@
+"""Decode steps on a CPU by the compiled decoder layer: Python is left once a layer instead of once an operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vrlt_fast.model.load import VideoLM
+from vrlt_fast.rollout.passes import DecodePass
+from vrlt_kernels.decode_layer import DecodeCaches, DecodeNumbers, LayerWeights, decode_layer, linear_rows, obstacle
+
+
+class CpuStep:
+    """The language model of ``lm`` in decode steps. It holds the weights' tensors: make a new one where they may have
+    been replaced.
+    """
+
+    def __init__(self, lm: VideoLM):
+        self.text = lm.module.model.language_model
+        self.head = lm.module.lm_head
+        self.layers = [_weights(layer) for layer in self.text.layers]
+        self.eps = float(self.text.config.rms_norm_eps)
+
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor, group_pass: DecodePass) -> torch.Tensor:
+        """Logits [rows, V] behind one token a row, int64 [rows], at its position."""
+        hidden = self.text.embed_tokens(tokens)
+        cos, sin = self.text.rotary_emb(hidden[None], positions.expand(3, 1, -1))
+        # positions are alike in time, height and width, so the rotation is, before or after they are put together
+        rotation = tuple(x.reshape(-1, *x.shape[-2:])[0].contiguous() for x in (cos, sin))
+        p = group_pass
+        numbers = DecodeNumbers(p.prefix_start, p.prefix_length, p.row_offsets, p.slots, p.columns, p.own_length)
+        scale = float(rotation[0].shape[-1] ** -0.5)
+        for i, weights in enumerate(self.layers):
+            s = p.store
+            caches = DecodeCaches(s.prefix_keys[i], s.prefix_values[i], s.own_keys[i], s.own_values[i])
+            hidden = decode_layer(
+                hidden, weights, rotation, caches, numbers, scale=scale, eps=self.eps, max_group=p.max_group
+            )
+        return linear_rows(self.text.norm(hidden), self.head.weight, self.head.bias)
+
+
+def cpu_step(lm: VideoLM) -> CpuStep | None:
+    """None where the model is more than its family's plain layers, runs elsewhere, or the operator wasn't built."""
+    weight = lm.module.get_input_embeddings().weight
+    if obstacle(lm.device, weight.dtype):
+        return None
+    text = lm.module.model.language_model
+    plain = text.config.hidden_act == "silu" and _only_plain(text) and _only_plain(lm.module.lm_head)
+    return CpuStep(lm) if plain and all(p.dtype == weight.dtype for p in text.parameters()) else None
+
+
+def _only_plain(root: torch.nn.Module) -> bool:
+    """Neither adapters nor other replaced layers, nor hooks, which want to be called."""
+    for name, module in root.named_modules():
+        linear = name.endswith("_proj") or name == ""
+        if linear and hasattr(module, "weight") and type(module) is not torch.nn.Linear:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    return True
+
+
+def _weights(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight,
+        query=attention.q_proj.weight,
+        query_bias=attention.q_proj.bias,
+        key=attention.k_proj.weight,
+        key_bias=attention.k_proj.bias,
+        value=attention.v_proj.weight,
+        value_bias=attention.v_proj.bias,
+        query_norm=None if q_norm is None else q_norm.weight,
+        key_norm=None if k_norm is None else k_norm.weight,
+        output=attention.o_proj.weight,
+        output_bias=attention.o_proj.bias,
+        post_norm=layer.post_attention_layernorm.weight,
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight,
+    )

@@ -110,7 +110,8 @@ class PerRow(Decoder):
         shared = super().numbers(live, rows, prompts)
         row = torch.arange(rows + 1)
         group = torch.searchsorted(shared.offsets[1:], row[:-1], right=True).clamp(max=prompts - 1)
-        return Numbers(shared.rows, shared.prompts[:, group], row.clamp(max=len(live)))
+        prefix = sum(len(resident.prompt) for resident, _ in live)
+        return Numbers(shared.rows, shared.prompts[:, group], row.clamp(max=len(live)), prefix)
 
 
 @dataclass

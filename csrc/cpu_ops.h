@@ -1,6 +1,7 @@
 // CPU operators that other operators call.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "cpu_binding.h"
@@ -21,6 +22,8 @@ Matrix matrix(const Tensor& x, const char* name);
 // out = x W^T + b of several weights, or out += where `add`.
 void multiply_all(
     const vrlt_linear::Functions& functions, const Matrix& x, const std::vector<Product>& products, bool add = false);
+
+Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias);
 
 Tensor group_decode(
     Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor suffix_key, Tensor suffix_value, Tensor prefix_start,

@@ -1,6 +1,7 @@
 // The op `vrlt_native::decode_layer`: a decoder layer of the Qwen2 and Qwen3 language models on one new token a row.
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "cpu_ops.h"
@@ -36,6 +37,16 @@ static void rms_norm(T* out, const T* x, const T* weight, int64_t columns, T eps
 }
 
 template <typename T>
+static void rms_norm_rows(const Tensor& out, const Tensor& x, const Tensor& weight, double eps) {
+  auto* to = static_cast<T*>(out.mutable_data_ptr());
+  const auto* from = static_cast<const T*>(x.const_data_ptr());
+  const auto* by = static_cast<const T*>(weight.const_data_ptr());
+  const int64_t columns = x.size(1);
+  for (int64_t i = 0; i < x.size(0); ++i)
+    rms_norm(to + i * columns, from + i * columns, by, columns, static_cast<T>(eps));
+}
+
+template <typename T>
 static void rotate(T* x, const T* cos, const T* sin, int64_t dim) {
   const int64_t half = dim / 2;
   for (int64_t c = 0; c < half; ++c) {
@@ -55,11 +66,6 @@ class Layer {
   Layer(const Sizes& n, const std::vector<Tensor>& weights, double eps)
       : n_(n), weights_(weights), eps_(static_cast<T>(eps)), functions_(vrlt_linear::functions(dtype())) {}
 
-  // Of every row: the norm of `from` into `to`.
-  void norm(Tensor& to, const Tensor& from, Weight weight) const {
-    for (int64_t i = 0; i < n_.rows; ++i)
-      rms_norm(data(to) + i * n_.hidden, data(from) + i * n_.hidden, data(weights_[weight]), n_.hidden, eps_);
-  }
   void multiply(const Tensor& x, int64_t columns, std::vector<Product> products, bool add = false) const {
     multiply_all(functions_, rows_of(x, columns), products, add);
   }
@@ -147,12 +153,14 @@ static void check_places(const Tensor& slots, const Tensor& columns, const Tenso
 
 template <typename T>
 static Tensor run_layer(
-    const Sizes& n, const Layer<T>& layer, const Tensor& hidden, const Tensor& cos, const Tensor& sin,
-    const std::vector<Tensor>& caches, const std::vector<Tensor>& numbers, double scale, int64_t max_group) {
+    const Sizes& n, const std::vector<Tensor>& weights, const Tensor& hidden, const Tensor& cos, const Tensor& sin,
+    const std::vector<Tensor>& caches, const std::vector<Tensor>& numbers, double scale, double eps,
+    int64_t max_group) {
+  const Layer<T> layer(n, weights, eps);
   const auto make = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(hidden, size); };
   Tensor normed = make({n.rows, n.hidden}), query = make({n.rows, n.heads, n.dim});
   Tensor key = make({n.rows, n.kv_heads, n.dim}), value = make({n.rows, n.kv_heads, n.dim});
-  layer.norm(normed, hidden, INPUT_NORM);
+  rms_norm_rows<T>(normed, hidden, weights[INPUT_NORM], eps);
   layer.multiply(
       normed, n.hidden,
       {layer.product(query, Q, Q_BIAS), layer.product(key, K, K_BIAS), layer.product(value, V, V_BIAS)});
@@ -167,7 +175,7 @@ static Tensor run_layer(
   Tensor out = make({n.rows, n.hidden});
   std::memcpy(out.mutable_data_ptr(), hidden.const_data_ptr(), n.rows * n.hidden * sizeof(T));
   layer.multiply(attended, n.heads * n.dim, {layer.product(out, O, O_BIAS)}, true);
-  layer.norm(normed, out, POST_NORM);
+  rms_norm_rows<T>(normed, out, weights[POST_NORM], eps);
   Tensor gate = make({n.rows, n.inner}), up = make({n.rows, n.inner});
   layer.multiply(normed, n.hidden, {layer.product(gate, GATE), layer.product(up, UP)});
   layer.silu_multiply(gate, up);
@@ -192,9 +200,23 @@ Tensor decode_layer(
   }
   if (n.rows == 0) return torch::stable::new_empty(hidden, {0, n.hidden});
   if (type == ScalarType::Double)
-    return run_layer(
-        n, Layer<double>(n, weights, eps), hidden, cos, sin, caches, numbers, scale, max_group);
-  return run_layer(n, Layer<float>(n, weights, eps), hidden, cos, sin, caches, numbers, scale, max_group);
+    return run_layer<double>(n, weights, hidden, cos, sin, caches, numbers, scale, eps, max_group);
+  return run_layer<float>(n, weights, hidden, cos, sin, caches, numbers, scale, eps, max_group);
+}
+
+// The head on the final norm of hidden.
+Tensor decode_head(Tensor hidden, Tensor norm, Tensor weight, std::optional<Tensor> bias, double eps) {
+  const ScalarType type = hidden.scalar_type();
+  const int64_t rows = check(hidden, type, {-1, -1}, "hidden"), columns = hidden.size(1);
+  check(norm, type, {columns}, "norm");
+  const Tensor normed = torch::stable::new_empty(hidden, {rows, columns});
+  if (type == ScalarType::Double)
+    rms_norm_rows<double>(normed, hidden, norm, eps);
+  else if (type == ScalarType::Float)
+    rms_norm_rows<float>(normed, hidden, norm, eps);
+  else
+    STD_TORCH_CHECK(false, "hidden: got ", torch::headeronly::toString(type), ", needs float32 or float64");
+  return linear_rows(normed, weight, bias);
 }
 
 }  // namespace vrlt_binding
@@ -203,8 +225,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrlt_native, m) {
   m.def(
       "decode_layer(Tensor hidden, Tensor[] weights, Tensor cos, Tensor sin, Tensor(a!)[] caches, Tensor[] numbers, "
       "float scale, float eps, int max_group) -> Tensor");
+  m.def("decode_head(Tensor hidden, Tensor norm, Tensor weight, Tensor? bias, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vrlt_native, CPU, m) {
   m.impl("decode_layer", TORCH_BOX(&vrlt_binding::decode_layer));
+  m.impl("decode_head", TORCH_BOX(&vrlt_binding::decode_head));
 }

@@ -14,6 +14,7 @@ import torch
 
 from . import _native
 from ._checks import bad, describe
+from ._launch import choose
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -65,6 +66,14 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return _native.obstacle(device)
 
 
+def chosen(weight: torch.Tensor) -> bool:
+    """Whether a model with such weights should take the operator: it can run, and no other backend is forced."""
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        return False
+    attention = choose("group_decode", weight, has=("triton", "native", "reference"))
+    return attention == "native" and choose("decode_layer", weight, has=("native", "reference")) == "native"
+
+
 def decode_layer(
     hidden: torch.Tensor,
     weights: LayerWeights,
@@ -102,15 +111,21 @@ def decode_layer(
     return out
 
 
-def linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """``torch.nn.functional.linear`` of few rows x [rows, in] by the layer's own product, without gradients.
+def decode_head(
+    hidden: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], eps: float
+) -> torch.Tensor:
+    """Logits [rows, V] of the head ``weight`` [V, hidden], ``bias`` [V] on the RMS norm of hidden, without gradients.
 
     Raises:
-        RuntimeError: not built, or a wrong size, dtype or stride.
+        KernelInputError: the operator can't run on this device or dtype.
+        RuntimeError: a wrong size, dtype or stride.
     """
+    why = obstacle(hidden.device, hidden.dtype)
+    if why:
+        raise bad("hidden", describe(hidden), f"something else: {why}")
     with torch.no_grad():
-        out: torch.Tensor = torch.ops.vrlt_native.linear_rows(x, weight, bias)
+        out: torch.Tensor = torch.ops.vrlt_native.decode_head(hidden, norm, weight, bias, eps)
     return out
 
 
-__all__ = ["DecodeCaches", "DecodeNumbers", "LayerWeights", "decode_layer", "linear_rows", "obstacle"]
+__all__ = ["DecodeCaches", "DecodeNumbers", "LayerWeights", "chosen", "decode_head", "decode_layer", "obstacle"]

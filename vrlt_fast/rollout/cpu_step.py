@@ -8,7 +8,7 @@ import torch
 
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rollout.passes import DecodePass
-from vrlt_kernels.decode_layer import DecodeCaches, DecodeNumbers, LayerWeights, decode_layer, linear_rows, obstacle
+from vrlt_kernels.decode_layer import DecodeCaches, DecodeNumbers, LayerWeights, chosen, decode_head, decode_layer
 
 
 class CpuStep:
@@ -21,13 +21,12 @@ class CpuStep:
         self.head = lm.module.lm_head
         self.layers = [_weights(layer) for layer in self.text.layers]
         self.eps = float(self.text.config.rms_norm_eps)
+        self._table: tuple[torch.Tensor, ...] = (torch.empty(0), torch.empty(0))
 
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor, group_pass: DecodePass) -> torch.Tensor:
         """Logits [rows, V] behind one token a row, int64 [rows], at its position."""
         hidden = self.text.embed_tokens(tokens)
-        cos, sin = self.text.rotary_emb(hidden[None], positions.expand(3, 1, -1))
-        # positions are alike in time, height and width, so the rotation is, before or after they are put together
-        rotation = tuple(x.reshape(-1, *x.shape[-2:])[0].contiguous() for x in (cos, sin))
+        rotation = self._rotation(positions)
         p = group_pass
         numbers = DecodeNumbers(p.prefix_start, p.prefix_length, p.row_offsets, p.slots, p.columns, p.own_length)
         scale = float(rotation[0].shape[-1] ** -0.5)
@@ -37,16 +36,30 @@ class CpuStep:
             hidden = decode_layer(
                 hidden, weights, rotation, caches, numbers, scale=scale, eps=self.eps, max_group=p.max_group
             )
-        return linear_rows(self.text.norm(hidden), self.head.weight, self.head.bias)
+        return decode_head(hidden, self.text.norm.weight, self.head.weight, self.head.bias, self.eps)
+
+    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [rows, d], from a table."""
+        last = int(positions.max())
+        if last >= len(self._table[0]):
+            every = torch.arange(last + 256)
+            like = self.head.weight.new_empty(0)
+            # positions are alike in time, height and width, so their rotations are, put together already or not
+            found = self.text.rotary_emb(like, every.expand(3, 1, -1))
+            self._table = tuple(x.reshape(-1, *x.shape[-2:])[0].contiguous() for x in found)
+        cos, sin = (x.index_select(0, positions) for x in self._table)
+        return cos, sin
 
 
 def cpu_step(lm: VideoLM) -> CpuStep | None:
     """None where the model is more than its family's plain layers, runs elsewhere, or the operator wasn't built."""
     weight = lm.module.get_input_embeddings().weight
-    if obstacle(lm.device, weight.dtype):
+    if not chosen(weight):
         return None
     text = lm.module.model.language_model
-    plain = text.config.hidden_act == "silu" and _only_plain(text) and _only_plain(lm.module.lm_head)
+    # other kinds of rotation may depend on the length of the sequence
+    static = getattr(text.rotary_emb, "rope_type", "") in ("default", "linear", "llama3", "yarn")
+    plain = static and text.config.hidden_act == "silu" and _only_plain(text) and _only_plain(lm.module.lm_head)
     return CpuStep(lm) if plain and all(p.dtype == weight.dtype for p in text.parameters()) else None
 
 

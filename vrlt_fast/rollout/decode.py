@@ -33,39 +33,43 @@ class Numbers:
     rows: torch.Tensor
     prompts: torch.Tensor
     offsets: torch.Tensor
+    prefix_tokens: int = 0  # of prompts that have rows
 
     @staticmethod
     def of(live: Live, rows: int, prompts: int, padding_slot: int) -> Numbers:
         """Of rows that are sorted by prompt, on the CPU, padded to so many rows and prompts."""
-        residents = list(dict.fromkeys(resident for resident, _ in live))
-        counts = dict.fromkeys(residents, 0)
-        table = torch.zeros(5, rows, dtype=torch.int64)
-        table[2] = padding_slot
-        values = []
-        for resident, row in live:
-            counts[resident] += 1
-            column = len(row.tokens) - 1
-            values.append((row.tokens[-1], resident.prompt.next_position + column, row.slot, column, column + 1))
-        table[:, : len(values)] = torch.tensor(values).T
-        places = torch.zeros(2, prompts, dtype=torch.int64)
-        places[:, : len(residents)] = torch.tensor([(r.start, len(r.prompt)) for r in residents]).T
-        offsets = torch.full((prompts + 1,), len(values), dtype=torch.int64)
-        offsets[: len(residents)] = torch.tensor([0, *counts.values()][:-1]).cumsum(0)
-        return Numbers(table, places, offsets)
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Prefix tokens of prompts that have rows."""
-        return int(self.prompts[1][self.offsets.diff() > 0].sum())
+        columns = [len(row.tokens) - 1 for _, row in live]
+        after = zip(live, columns, strict=True)
+        padding, starts = [0] * (rows - len(live)), _starts(live)
+        residents = [live[i][0] for i in starts]
+        lengths, absent = [len(r.prompt) for r in residents], [0] * (prompts - len(starts))
+        table = [
+            [row.tokens[-1] for _, row in live] + padding,
+            [resident.prompt.next_position + column for (resident, _), column in after] + padding,
+            [row.slot for _, row in live] + [padding_slot] * len(padding),
+            columns + padding,
+            [column + 1 for column in columns] + padding,
+        ]
+        return Numbers(
+            torch.tensor(table),
+            torch.tensor([[r.start for r in residents] + absent, lengths + absent]),
+            torch.tensor(starts + [len(live)] * (len(absent) + 1)),
+            sum(lengths),
+        )
 
     def to(self, device: torch.device) -> Numbers:
         """The same on a device."""
-        return Numbers(*(x.to(device) for x in (self.rows, self.prompts, self.offsets)))
+        return Numbers(*(x.to(device) for x in (self.rows, self.prompts, self.offsets)), self.prefix_tokens)
 
     def copy_(self, other: Numbers) -> None:
         """Take another's values; the buffers stay where they are."""
         for mine, theirs in ((self.rows, other.rows), (self.prompts, other.prompts), (self.offsets, other.offsets)):
             mine.copy_(theirs, non_blocking=True)
+
+
+def _starts(live: Live) -> list[int]:
+    """The first row of each prompt."""
+    return [i for i, (resident, _) in enumerate(live) if not i or live[i - 1][0] is not resident]
 
 
 class Decoder:
@@ -98,8 +102,7 @@ class Decoder:
         tokens attention is told to read. Rows are sorted by prompt. With graphs the next step overwrites the tensor.
         """
         if not self.graphs or len(live) > BUCKETS[-1]:
-            prompts = len(dict.fromkeys(resident for resident, _ in live))
-            numbers = self.numbers(live, len(live), prompts)
+            numbers = self.numbers(live, len(live), len(_starts(live)))
             return self._run(numbers.to(self.lm.device)), numbers.prefix_tokens
         bucket = BUCKETS[bisect_left(BUCKETS, len(live))]
         numbers = self.numbers(live, bucket, self.store.plan.prompts)

@@ -5,6 +5,7 @@ place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -23,7 +24,7 @@ from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
 from vrlt_fast.rollout.passes import PrefillPass
 from vrlt_fast.rollout.rows import Collector, Ending, Resident, Row, by_prompt, row_seeds
-from vrlt_fast.rollout.sampler import draw, row_uniforms
+from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
 from vrlt_kernels import GroupSpans
 
 
@@ -135,6 +136,8 @@ class _Call:
         self.collector = Collector(self.requests)
         longest = max(r.sampling.max_new_tokens for r in self.requests)
         self.uniforms = row_uniforms(row_seeds(self.requests), longest)
+        samplings = {r.sampling for r in self.requests}
+        self.one_kind = samplings.pop() if len(samplings) == 1 else None
         self.banned = torch.tensor(self.lm.info.visual_tokens, device=self.lm.device)
         self._vision: dict[str, VisionEmbeds] = {}
 
@@ -258,23 +261,30 @@ class _Call:
         uniforms = self.uniforms[[row.number for _, row in self.live], [len(row.tokens) for _, row in self.live]]
         tokens = torch.empty(len(self.live), dtype=torch.int64)
         logprobs = torch.empty(len(self.live))
-        kinds = [self.requests[row.request].sampling for _, row in self.live]
-        for sampling in dict.fromkeys(kinds):
-            mine = torch.tensor([i for i, kind in enumerate(kinds) if kind == sampling])
-            part = logits if len(mine) == len(kinds) else logits[mine.to(logits.device)]
-            drawn, sums = draw(part, uniforms[mine].to(logits.device), sampling, self.banned)
-            tokens[mine], logprobs[mine] = drawn.cpu(), sums.cpu()
-        if not bool(torch.isfinite(logprobs).all()):
-            bad = self.live[int((~torch.isfinite(logprobs)).nonzero()[0, 0])]
-            self._refuse(*bad)
+        for sampling, mine in self._kinds():
+            part, chance = (logits, uniforms) if mine is None else (logits[mine.to(logits.device)], uniforms[mine])
+            drawn, sums = draw(part, chance.to(logits.device), sampling, self.banned)
+            if mine is None:
+                tokens, logprobs = drawn.cpu(), sums.cpu()
+            else:
+                tokens[mine], logprobs[mine] = drawn.cpu(), sums.cpu()
         still = []
         for pair, token, logprob in zip(self.live, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not math.isfinite(logprob):
+                self._refuse(*pair)
             if self.ending.append(pair[1], token, logprob):
                 self._finish(*pair)
             else:
                 still.append(pair)
         self.stats.tokens_generated += len(self.live)
         self.live = still
+
+    def _kinds(self) -> list[tuple[Sampling, torch.Tensor | None]]:
+        """The live rows by how they are drawn: their numbers, None for all of them."""
+        if self.one_kind is not None:
+            return [(self.one_kind, None)]
+        kinds = [self.requests[row.request].sampling for _, row in self.live]
+        return [(k, torch.tensor([i for i, kind in enumerate(kinds) if kind == k])) for k in dict.fromkeys(kinds)]
 
     def _refuse(self, resident: Resident, row: Row) -> None:
         sample = resident.prompt.sample

@@ -1,4 +1,4 @@
-"""The compiled row operators of csrc/, `torch.ops.vrlt_native.*`, where they were built.
+"""The compiled operators of csrc/, `torch.ops.vrlt_native.*`, where they were built.
 
 z = logits * inv_temperature, p = softmax(z), N rows, V columns; logits [N, V], inv_temperature [1] or [N], others [N]:
     row_stats(logits, target, inv_temperature, want_p2) -> logp, entropy, lse, sum_p2 (which is [0] if not wanted)
@@ -8,9 +8,11 @@ z = logits * inv_temperature, p = softmax(z), N rows, V columns; logits [N, V], 
     patchify_plan(low, end, weights, precision, source, vertical, level) -> the weights of an axis, for patchify_
     patchify_(out, frames, uv, slots, across, down, height, width, patch, merge, tubelet, rotation, factors, mean_std)
         frames to their slots of out, see patchify.py; CPU only; uv and mean_std may be empty; across, down: plans
-Rows must be contiguous, with any stride between them. Logits are fp32, fp64 or bf16 on the CPU; where the library was
-built for CUDA, fp32, fp16 or bf16 on devices of compute capability 9.0 and later. Results are fp32, for fp64 logits
-fp64. A row of -inf only has logp = lse = -inf, entropy 0, gradient 0; a = e = 0 gives zeros whatever the logits hold.
+    group_decode, decode_layer, decode_head, linear_rows: CPU only; see group_decode.py and decode_layer.py
+Of the row operators: rows must be contiguous, with any stride between them. Logits are fp32, fp64 or bf16 on the CPU;
+where the library was built for CUDA, fp32, fp16 or bf16 on devices of compute capability 9.0 and later. Results are
+fp32, for fp64 logits fp64. A row of -inf only has logp = lse = -inf, entropy 0, gradient 0; a = e = 0 gives zeros
+whatever the logits hold.
 Where lse is so large that rounding took digits from it, row_grad_ restores them from the row, if it is the row's own:
 lse may be of more than the row (a vocabulary in shards).
 Wrong arguments raise RuntimeError. A target outside the vocabulary raises on the CPU; on CUDA, where the check would

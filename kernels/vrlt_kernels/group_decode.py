@@ -61,7 +61,8 @@ def _decode(
 
 def _backend(query: torch.Tensor) -> Backend:
     has: List[Backend] = ["triton"] if query.dtype in CUDA_DTYPES else []
-    return choose("group_decode", query, has=(*has, *(["native"] if query.device.type == "cpu" else []), "reference"))
+    has += ["native"] if query.device.type == "cpu" else []
+    return choose("group_decode", query, has=(*has, "reference"))
 
 
 def _compiled(x: Arguments, scale: float, max_group: int) -> torch.Tensor:

@@ -59,7 +59,8 @@ class Numbers:
 
     def to(self, device: torch.device) -> Numbers:
         """The same on a device."""
-        return Numbers(*(x.to(device) for x in (self.rows, self.prompts, self.offsets)), self.prefix_tokens)
+        rows, prompts, offsets = (x.to(device) for x in (self.rows, self.prompts, self.offsets))
+        return Numbers(rows, prompts, offsets, self.prefix_tokens)
 
     def copy_(self, other: Numbers) -> None:
         """Take another's values; the buffers stay where they are."""
@@ -132,7 +133,8 @@ class Decoder:
     def _capture(self, like: Numbers) -> tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]:
         """A graph for numbers of this size, its inputs and its output."""
         device = self.lm.device
-        buffers = Numbers(*(torch.zeros_like(x) for x in (like.rows, like.prompts, like.offsets))).to(device)
+        rows, prompts, offsets = (torch.zeros_like(x, device=device) for x in (like.rows, like.prompts, like.offsets))
+        buffers = Numbers(rows, prompts, offsets)
         buffers.rows[2] = self.store.plan.slots  # what the capture writes goes to the slot of padding rows
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))

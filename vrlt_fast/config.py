@@ -204,6 +204,8 @@ class GrpoConfig(_Section):
     """Divide the group's centred rewards by their standard deviation (GRPO) or not (Dr.GRPO)."""
     reduction: Literal["token", "sequence"] = "token"
     """Mean over all response tokens of the step, or over tokens of each response and then over responses."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """Responses that reached max_new_tokens: trained like others, or left out of the loss (DAPO's over-long filter)."""
 
 
 class OptimConfig(_Section):
@@ -230,6 +232,10 @@ class TrainConfig(_Section):
     """CPU threads of torch; 0: torch's own choice."""
     micro_rows: Positive = 64
     """Most responses (GRPO) or questions (SFT) in one pass, but at least one group; gradients add up over the step."""
+    prefix: Literal["shared", "replicated"] = "shared"
+    """GRPO's passes: a prompt once for all of its responses, or, to check that, a copy a response, one by one."""
+    recompute: bool = False
+    """Activation checkpointing: keep the inputs of layers alone, and compute the layers again in the backward pass."""
 
 
 class CheckpointConfig(_Section):

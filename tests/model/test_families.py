@@ -12,11 +12,13 @@ import torch
 from vrlt_fast.config import ModelConfig, PromptConfig
 from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.errors import DataError, SetupError
+from vrlt_fast.model import vision
 from vrlt_fast.model.language import target_hidden, target_logprobs
 from vrlt_fast.model.layout import build_layout, response_row
-from vrlt_fast.model.load import MODELS, load_model
+from vrlt_fast.model.load import MODELS, enable_recompute, load_model
 from vrlt_fast.model.positions import mrope_positions
 from vrlt_fast.model.prompt import IMAGE_SLOT, SLOT, encode_media, encode_prompt, render
+from vrlt_fast.model.replicated import verify_shared_prefix
 from vrlt_fast.model.tiny import build_tiny
 from vrlt_fast.model.vision import VisionEmbeds, concat, encode_clips, normalise, shared_vision
 from vrlt_fast.rollout.engine import generate
@@ -151,6 +153,21 @@ def test_the_tower_gives_what_transformers_gives(lm, folder, theirs, clips, free
         torch.testing.assert_close(tokens, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_pieces_of_clips_give_what_whole_clips_give(lm, clips, monkeypatch):
+    """Down to a frame pair at a time, forward and backward."""
+    wanted, found = [clips[name] for name in ("image", "video", "other")], []
+    for most in (10**6, 100, 1):
+        monkeypatch.setattr(vision, "PIECE", {"cpu": most})
+        made = encode_clips(lm, wanted)
+        tower = lm.module.model.visual
+        torch.autograd.backward([(t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in made.tensors])
+        found.append([*(t.detach() for t in made.tensors), *(p.grad for p in tower.parameters() if p.grad is not None)])
+        lm.module.zero_grad()
+    for other in found[1:]:
+        for ours, right in zip(other, found[0], strict=True):
+            assert float((ours - right).norm()) <= 1e-5 * float(right.norm())
+
+
 def test_logits_and_gradients_are_those_of_transformers(lm, theirs, sample, clips, seed):
     prompts = prompts_of(lm, sample, clips)
     responses = [[[5, 6, 7], [8]], [[9, 10]], [[11, 12, 13, 14]]]
@@ -194,6 +211,24 @@ def test_rollouts_have_the_log_probs_that_are_trained_on(lm, sample, clips):
         torch.cat([c.logprobs for g in groups for c in g.completions]), scored, atol=1e-4, rtol=0
     )
     assert stats.frames_encoded == 8 + 2 + 2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prefixes_are_verified(folder, sample, clips, seed, recompute):
+    """fp32: videos and images, groups of 1, 2 and 8 ragged rows."""
+    lm = open_tiny(folder, freeze=False)
+    if recompute:
+        enable_recompute(lm)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = prompts_of(lm, sample, clips)
+    rows = [
+        [response_row(p, torch.randint(9, 200, (n,), generator=generator).tolist()) for n in lengths]
+        for p, lengths in zip(prompts, ([3], [1, 7], [5, 2, 9, 1, 4, 3, 8, 6]), strict=True)
+    ]
+    found = verify_shared_prefix(lm, prompts, rows, 1.2)
+    assert found.logprob < 1e-5
+    assert found.gradient < 2e-5, found.parameter
+    assert all(p.grad is None for p in lm.module.parameters())
 
 
 def test_rollouts_have_the_log_probs_of_transformers_full_forward(lm, theirs, sample, clips, seed):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from vrlt_fast.config import OptimConfig
-from vrlt_fast.errors import Stopped
 from vrlt_fast.train.optim import apply_step, constant_lr, cosine_lr, make_optimizer, named_trainable
 
 
@@ -84,9 +83,8 @@ def test_what_is_not_finite_changes_nothing(lm, seed, bad):
     if bad == "gradient":
         victim = rng.choice(named_trainable(lm))[1].grad.view(-1)
         victim[rng.randrange(len(victim))] = rng.choice([math.nan, math.inf])
-    with pytest.raises(Stopped) as caught:
-        apply_step(lm, optimizer, math.nan if bad == "loss" else 1.0, 0.1, 1.0)
-    assert (caught.value.code, caught.value.exit_code) == ("VRLT-S01", 75)
+    norm = apply_step(lm, optimizer, math.nan if bad == "loss" else 1.0, 0.1, 1.0)
+    assert math.isfinite(norm) == (bad == "loss")
     assert all(torch.equal(a, b) for a, b in zip(weights, lm.module.parameters(), strict=True))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
     assert all(p.grad is None for _, p in named_trainable(lm))

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from vrlt_fast.config import GrpoConfig
-from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.load import VideoLM, enable_recompute
 from vrlt_fast.model.vision import StepVision, normalise
 from vrlt_fast.rewards.dual import dual_reward
 from vrlt_fast.rollout.engine import GroupEngine, generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
-from vrlt_fast.train.step import grpo_backward, micro_batches, score_groups, score_old, with_rewards
+from vrlt_fast.train.step import (
+    StepSize,
+    grpo_backward,
+    micro_batches,
+    score_groups,
+    score_old,
+    with_gradient,
+    with_rewards,
+)
 
 T = 1.3
 
@@ -145,6 +154,90 @@ def test_groups_without_signal_give_no_gradient(lm, groups, seed):
     found = gradients(lm)
     assert found
     assert all(not g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_leaving_groups_without_signal_out_changes_nothing(lm, groups, seed, reduction):
+    config = GrpoConfig(beta=0.0, reduction=reduction)
+    scored = scored_at_random(groups, seed, config)
+    flat = scored_at_random(groups, seed, config, same_in_group=True)
+    mixed = [flat[0], scored[1], flat[2], scored[3]]
+    grpo_backward(lm, None, mixed, config, temperature=T, micro_rows=4)
+    whole = gradients(lm)
+    active = with_gradient(mixed, kl=False)
+    assert active == [scored[1], scored[3]]
+    assert with_gradient(mixed, kl=True) == mixed
+    stats = grpo_backward(lm, None, active, config, temperature=T, micro_rows=4, size=StepSize.of(mixed))
+    same(gradients(lm), whole, 1e-9)
+    assert stats.tokens == sum(s.tokens for s in active)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_truncated_responses_can_be_left_out(lm, groups, seed, reduction):
+    """The gradient by hand, from the responses that ended themselves; rewards of the others count in the group."""
+    config = GrpoConfig(beta=0.0, reduction=reduction, truncated="drop")
+    rng = random.Random(seed)
+    reasons = [[rng.choice(["stop", "length"]) for _ in g.completions] for g in groups]
+    reasons[0], reasons[1][:2] = ["length", "length"], ["stop", "length"]
+    ended = [
+        replace(g, completions=tuple(
+            replace(c, response=replace(c.response, finish_reason=reason))
+            for c, reason in zip(g.completions, of_group, strict=True)
+        ))
+        for g, of_group in zip(groups, reasons, strict=True)
+    ]  # fmt: skip
+    scored = scored_at_random(ended, seed, config)
+    active = with_gradient(scored, kl=False)
+    assert scored[0] not in active
+    grpo_backward(lm, None, active, config, temperature=T, micro_rows=4, size=StepSize.of(scored))
+    ours = gradients(lm)
+    kept = [
+        (s.group.request.prompt, c, a)
+        for s, of_group in zip(scored, reasons, strict=True)
+        for c, a, reason in zip(s.group.completions, s.advantages, of_group, strict=True)
+        if reason == "stop"
+    ]
+    tokens, rows = sum(len(c.tokens) for _, c, _ in kept), sum(len(g.completions) for g in groups)
+    for prompt, completion, advantage in kept:
+        logp = row_logprobs(lm, prompt, completion.tokens)
+        weight = 1 / tokens if reduction == "token" else 1 / (rows * len(completion.tokens))
+        (-advantage * weight * logp).sum().backward()
+    same(ours, gradients(lm), 1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_replicated_prompts_give_the_same_step(lm, groups, seed, recompute):
+    config = GrpoConfig(beta=0.2)
+    scored, reference = scored_at_random(groups, seed, config), perturbed(lm, seed, 0.01)
+    found = []
+    for prefix in ("shared", "replicated"):
+        old = score_old(reference, scored, temperature=T, micro_rows=5, prefix=prefix)
+        how = {"temperature": T, "micro_rows": 5, "prefix": prefix, "old": old}
+        if recompute:
+            enable_recompute(lm)
+        stats = grpo_backward(lm, reference, scored, config, **how)
+        found.append((gradients(lm), stats))
+    (ours, stats), (right, slow) = found
+    same(ours, right, 1e-6)
+    assert (stats.loss, stats.kl) == pytest.approx((slow.loss, slow.kl), rel=1e-6)
+    assert stats.tokens_trained < slow.tokens_trained == slow.tokens_logical == stats.tokens_logical
+
+
+def test_recomputed_layers_give_the_same_gradient(lm, groups, seed):
+    """To the bit, and layers begin twice: their activations weren't kept."""
+    scored, calls = scored_at_random(groups, seed, GrpoConfig()), []
+    layers = [lm.module.model.language_model.layers[1].mlp, lm.module.model.visual.blocks[0].mlp]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, *_: calls.append(module))
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            enable_recompute(lm)
+        grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), temperature=T, micro_rows=64)
+        found.append((gradients(lm), [calls.count(layer) for layer in layers]))
+        calls.clear()
+    assert [times for _, times in found] == [[1, 1], [2, 2]]
+    assert all(torch.equal(found[0][0][name], gradient) for name, gradient in found[1][0].items())
 
 
 def test_old_logprobs_are_those_of_the_rollout(lm, groups, seed):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from vrlt_fast.evals.run import data_root
 from vrlt_fast.model.load import load_model
 from vrlt_fast.report.console import Console
 from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import make_optimizer
 from vrlt_fast.train.setup import read_inputs
 from vrlt_fast.train.stages import GrpoStage, SftStage
@@ -133,12 +136,14 @@ def stage_of(kind, config, reference=True, keep=lambda lines: None):
     lm = load_model(config.model, inputs.info)
     loader = ClipLoader(config.video, inputs.info.geometry)
     feed = Feed(inputs.info, inputs.train, loader, config, root=data_root(config, "train"), warn=print)
+    guard = Guard(Path(config.train.out).parent / "bad_steps", print)
     if kind == "sft":
         optimizer = make_optimizer(lm, config.optim, config.sft.lr)
-        return SftStage(config, lm, feed, feed.videos(config.sft.batch, 1), optimizer)
+        return SftStage(config, lm, feed, feed.videos(config.sft.batch, 1), optimizer, guard=guard)
     twin = load_model(config.model, inputs.info) if reference else None
     optimizer = make_optimizer(lm, config.optim, config.grpo.lr)
-    return GrpoStage(config, lm, twin, feed, feed.questions(config.rollout.prompts, 1), optimizer, keep=keep)
+    stream = feed.questions(config.rollout.prompts, 1)
+    return GrpoStage(config, lm, twin, feed, stream, optimizer, guard=guard, keep=keep)
 
 
 def test_sft_steps_lower_the_loss(make_config):
@@ -178,11 +183,25 @@ def test_shuffled_rewards_are_the_same_rewards(make_config):
         assert sorted(c["reward"] for c in plain[group]) == sorted(c["reward"] for c in shuffled[group])
 
 
+def test_a_step_without_signal_changes_nothing(make_config):
+    """An untrained model earns nothing: without a KL neither pass nor optimizer step is worth it."""
+    stage = stage_of("grpo", make_config(grpo={"steps": 2}, optim={"weight_decay": 10.0}), False)
+    stage._reward = lambda response, sample: {"format": 1.0}
+    before = [p.detach().clone() for p in stage.lm.module.parameters()]
+    record = stage.step(1)
+    assert (record["zero_signal_groups"], record["response_tokens_passed"]) == (2, 0)
+    assert (record["grad_norm"], record["tokens_trained"]) == (0.0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, stage.lm.module.parameters(), strict=True))
+    assert not stage.optimizer.state
+
+
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 1.0), ("cosine", 0.1)])
 def test_learning_rate_of_grpo_follows_its_schedule(make_config, schedule, last):
     stage = stage_of(
         "grpo", make_config(grpo={"schedule": schedule, "lr": 1e-6, "steps": 9}, optim={"warmup": 0}), False
     )
+    counted = itertools.count()
+    stage._reward = lambda response, sample: {"format": float(next(counted))}
     assert stage.step(9)["lr"] == pytest.approx(last * 1e-6)
     assert all(group["lr"] == pytest.approx(last * 1e-6) for group in stage.optimizer.param_groups)
 

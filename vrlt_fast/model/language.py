@@ -71,8 +71,8 @@ def make_inputs(
     return Inputs(embeds, positions, visual if vision.deepstack else None, vision.deepstack)
 
 
-def run_text(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:
-    """Hidden states [N, hidden] after the final norm."""
+def run_text(lm: VideoLM, inputs: Inputs, group_pass: Pass | None) -> torch.Tensor:
+    """Hidden states [N, hidden] after the final norm. Without a pass: one sequence, by transformers' own attention."""
     more: dict[str, object] = {"attention_mask": {"full_attention": None}}
     if lm.info.family == "qwen3_vl":  # takes one mask, and makes none for an attention function that is not its own
         more = {"attention_mask": None}
@@ -123,11 +123,11 @@ def target_logprobs(
         also = also.to(source.device)
         source, targets = torch.cat([source, also - 1]), torch.cat([targets, layout.ids[also]])
     hidden = hidden_states(lm, layout, vision).index_select(0, source)
-    out = _score(lm, hidden, targets, temperature)
+    out = score_hidden(lm, hidden, targets, temperature)
     return out.logp, out.entropy.detach()
 
 
-def _score(lm: VideoLM, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> TokenLogprob:
+def score_hidden(lm: VideoLM, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> TokenLogprob:
     """Log-probs and entropies [n] of targets under the language model's head, from hidden states [n, hidden]."""
     head = lm.module.lm_head
     budget = LOGITS * hidden.element_size()

@@ -191,6 +191,12 @@ def _normalisation(folder: Path, family: str) -> tuple[tuple[float, float, float
     return tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
 
 
+def enable_recompute(lm: VideoLM) -> None:
+    """Activation checkpointing of the layers of the language model and of a trained tower, in training mode."""
+    newer = getattr(lm.module, "activation_checkpointing_enable", None)  # transformers 5.24
+    (newer or lm.module.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
     """Open a model for training or evaluation on ``model.device`` in ``model.dtype``.
 

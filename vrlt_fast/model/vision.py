@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from vrlt_fast.model.patch_embed import FoldedPatchEmbed
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.sampling import TUBELET
+
+PIECE = {"cpu": 4096}
+"""Patches that go through the tower at a time, by device: what a CPU's caches like."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +55,39 @@ def concat(pieces: Sequence[VisionEmbeds]) -> VisionEmbeds:
 def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> VisionEmbeds:
     """The sum of n_tokens tokens of the clips (videos and images), in order; with gradients where the tower is trained.
 
-    A frozen tower runs without a graph.
+    A frozen tower runs without a graph. Frame pairs don't see each other in these towers, so they go through in pieces:
+    what lives inside a piece doesn't grow with the clip.
     """
-    patches = torch.cat([clip.patches.to(lm.device) for clip in clips])
-    grids = torch.tensor([clip.grid for clip in clips], device=lm.device)
-    tower = lm.module.model.visual
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(lm)):
-        pixels = patches if isinstance(tower.patch_embed, FoldedPatchEmbed) else normalise(lm, patches)
-        out = tower(pixels, grid_thw=grids)
+        return concat([_encode(lm, piece) for piece in _pieces(clips, PIECE.get(lm.device.type, 65536))])
+
+
+def _encode(lm: VideoLM, piece: Sequence[tuple[torch.Tensor, tuple[int, int, int]]]) -> VisionEmbeds:
+    """The tokens of some patches [n, ...] with their grids, in one pass."""
+    patches = torch.cat([patches.to(lm.device) for patches, _ in piece])
+    grids = torch.tensor([grid for _, grid in piece], device=lm.device)
+    tower = lm.module.model.visual
+    pixels = patches if isinstance(tower.patch_embed, FoldedPatchEmbed) else normalise(lm, patches)
+    out = tower(pixels, grid_thw=grids)
     return VisionEmbeds(out.pooler_output, tuple(getattr(out, "deepstack_features", None) or ()))
+
+
+def _pieces(clips: Sequence[Clip], most: int) -> Iterator[list[tuple[torch.Tensor, tuple[int, int, int]]]]:
+    """The clips in order, cut between frame pairs into pieces of at most ``most`` patches, but at least one pair."""
+    piece: list[tuple[torch.Tensor, tuple[int, int, int]]] = []
+    room = most
+    for clip in clips:
+        pairs, height, width = clip.grid
+        begin, each = 0, height * width
+        while begin < pairs:
+            count = min(pairs - begin, max(room // each, 0 if piece else 1))
+            if count:
+                piece.append((clip.patches[begin * each : (begin + count) * each], (count, height, width)))
+                begin, room = begin + count, room - count * each
+            if begin < pairs:
+                yield piece
+                piece, room = [], most
+    yield piece
 
 
 class StepVision:
@@ -155,5 +182,6 @@ def normalise(lm: VideoLM, patches: torch.Tensor) -> torch.Tensor:
     scale = 1.0 / (255.0 * torch.tensor(lm.info.std, device=patches.device))
     shift = torch.tensor(lm.info.mean, device=patches.device) / torch.tensor(lm.info.std, device=patches.device)
     side = TUBELET * lm.info.geometry.patch**2
-    x = patches.view(len(patches), 3, side).float() * scale[:, None] - shift[:, None]
+    x = patches.view(len(patches), 3, side).to(torch.float32, copy=True)
+    x.mul_(scale[:, None]).sub_(shift[:, None])  # in place: a long clip is larger than what an allocator keeps
     return x.flatten(1).to(lm.module.model.visual.dtype)

@@ -158,6 +158,10 @@ def step_line(record: dict[str, Any], eta: float) -> str:
         fields.append(f"mismatch {gap:.0e}")
     if record.get("zero_signal_groups"):
         fields.append(f"zero-signal {record['zero_signal_groups']}")
+    if record.get("responses_dropped"):
+        fields.append(f"dropped {record['responses_dropped']}")
+    if record.get("skipped"):
+        fields.append("skipped")
     if record.get("failed_videos"):
         fields.append(f"failed videos {record['failed_videos']}")
     return "  ".join([*fields, f"ETA {clock(eta)}"])

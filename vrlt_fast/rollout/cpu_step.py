@@ -59,19 +59,25 @@ def cpu_step(lm: VideoLM) -> CpuStep | None:
     text = lm.module.model.language_model
     # other kinds of rotation may depend on the length of the sequence
     static = getattr(text.rotary_emb, "rope_type", "") in ("default", "linear", "llama3", "yarn")
-    plain = static and text.config.hidden_act == "silu" and _only_plain(text) and _only_plain(lm.module.lm_head)
+    plain = static and text.config.hidden_act == "silu" and not _watched(text) and not _watched(text.norm)
+    plain = plain and all(map(_only_plain, (text.layers, lm.module.lm_head)))
     return CpuStep(lm) if plain and all(p.dtype == weight.dtype for p in text.parameters()) else None
 
 
 def _only_plain(root: torch.nn.Module) -> bool:
-    """Neither adapters nor other replaced layers, nor hooks, which want to be called."""
+    """Neither adapters nor other replaced layers, nor hooks."""
     for name, module in root.named_modules():
         linear = name.endswith("_proj") or name == ""
         if linear and hasattr(module, "weight") and type(module) is not torch.nn.Linear:
             return False
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if _watched(module):
             return False
     return True
+
+
+def _watched(module: torch.nn.Module) -> bool:
+    """Whether somebody wants to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _weights(layer: Any) -> LayerWeights:

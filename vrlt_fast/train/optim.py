@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vrlt_fast.config import OptimConfig
-from vrlt_fast.errors import Problem, Stopped
 from vrlt_fast.model.load import VideoLM
 
 
@@ -90,21 +89,13 @@ SCHEDULES = {"constant": constant_lr, "cosine": cosine_lr}
 def apply_step(lm: VideoLM, optimizer: MasterAdamW, loss: float, lr: float, grad_clip: float) -> float:
     """Clip the gradient, step, clear. Returns the gradient norm before clipping.
 
-    Raises:
-        Stopped: S01 when loss or norm is not finite; weights and optimizer are as before the step.
+    Where loss or norm is not finite, weights and optimizer stay as they are.
     """
     params = [p for _, p in named_trainable(lm)]
     norm = float(torch.nn.utils.clip_grad_norm_(params, grad_clip))
     if not (math.isfinite(norm) and math.isfinite(loss)):
         optimizer.clear()
-        raise Stopped(
-            Problem(
-                "VRLT-S01",
-                f"loss {loss} with gradient norm {norm}",
-                why="the weights are those of the step before",
-                fix="start a new run with a lower learning rate, with --model.name at this run's newest checkpoint",
-            )
-        )
+        return norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.update()

@@ -20,9 +20,19 @@ from vrlt_fast.rollout.engines import open_engine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.guard import Batch, Guard, describe_prompts
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr
 from vrlt_fast.train.sft import Narration, answer_tokens, sft_backward
-from vrlt_fast.train.step import ScoredGroup, UpdateStats, grpo_backward, score_groups, score_old, with_rewards
+from vrlt_fast.train.step import (
+    ScoredGroup,
+    StepSize,
+    UpdateStats,
+    grpo_backward,
+    score_groups,
+    score_old,
+    with_gradient,
+    with_rewards,
+)
 
 Record = dict[str, Any]
 
@@ -75,10 +85,11 @@ class SftStage:
         stream: BatchStream,
         optimizer: MasterAdamW,
         *,
+        guard: Guard,
         cache: EmbeddingCache | None = None,
     ):
         self.config, self.lm, self.feed, self.stream, self.optimizer = config, lm, feed, stream, optimizer
-        self._cache = cache
+        self._guard, self._cache = guard, cache
 
     def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
@@ -95,6 +106,9 @@ class SftStage:
                 rows = config.train.micro_rows
                 loss = sft_backward(self.lm, prompts, answers, rows, told, sft.narration, self._cache)
                 norm = apply_step(self.lm, self.optimizer, loss.answers, lr, config.optim.grad_clip)
+            told_answers = [[{"tokens": a}] for a in answers]
+            fine = self._guard.look("sft", step, loss.answers, norm, lambda: describe_prompts(prompts, told_answers))
+            record |= {} if fine else {"skipped": True}
             record |= {"narration": loss.captions} if told else {}
             record |= {"loss": loss.answers, "grad_norm": norm, "tokens_s": loss.tokens / clock.seconds}
         return record | clock.record()
@@ -123,11 +137,13 @@ class GrpoStage:
         stream: BatchStream,
         optimizer: MasterAdamW,
         *,
+        guard: Guard,
         keep: Callable[[list[Record]], None],
         cache: EmbeddingCache | None = None,
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
+        self._guard = guard
         self._engine = open_engine(config, lm, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
@@ -143,7 +159,8 @@ class GrpoStage:
         vision = self._step_vision()
         scored, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
         stats, norm = self._update(scored, lr, clock, vision)
-        record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm}
+        fine = self._guard.look("grpo", step, stats.loss, norm, lambda: _describe(scored))
+        record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm} | ({} if fine else {"skipped": True})
         return record | ({"embed_cache": self._cache.stats()} if self._cache else {})
 
     def _step_vision(self) -> StepVision | None:
@@ -192,24 +209,28 @@ class GrpoStage:
         self, scored: Sequence[ScoredGroup], lr: float, clock: Clock, vision: StepVision | None
     ) -> tuple[UpdateStats, float]:
         """All optimizer steps on one rollout; returns the counters of the last one."""
-        config, micro_rows = self.config, self.config.train.micro_rows
-        temperature = config.rollout.temperature
-        begin = perf_counter()
-        old = None
+        config, begin = self.config, perf_counter()
+        how: dict[str, Any] = {
+            "temperature": config.rollout.temperature,
+            "micro_rows": config.train.micro_rows,
+            "prefix": config.train.prefix,
+        }
+        active, size, old = with_gradient(scored, kl=self.reference is not None), StepSize.of(scored), None
+        if not active:  # nothing to learn from: the weights and the optimizer stay as they are
+            return UpdateStats(), 0.0
         if config.grpo.updates > 1:
-            held = vision or self._cache
-            old = score_old(self.lm, scored, temperature=temperature, micro_rows=micro_rows, held=held)
+            old = score_old(self.lm, active, held=vision or self._cache, **how)
         reference_seconds, mismatch = 0.0, None
         for _ in range(config.grpo.updates):
             stats = grpo_backward(
                 self.lm,
                 self.reference,
-                scored,
+                active,
                 config.grpo,
-                temperature=temperature,
-                micro_rows=micro_rows,
+                size=size,
                 old=old,
                 held=vision or self._cache,
+                **how,
             )
             norm = apply_step(self.lm, self.optimizer, stats.loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds
@@ -226,20 +247,23 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
     rewards = [r for s in scored for r in s.rewards]
     parts = [p for s in scored for p in s.parts]
     responses = [c.response for s in scored for c in s.group.completions]
+    passed = max(stats.tokens, 1)
     names = [n for n in ("semantic", "temporal", "format") if any(n in p for p in parts)]
     return {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.fmean(statistics.pstdev(s.rewards) for s in scored),
         "parts": {n: statistics.fmean(p[n] for p in parts if n in p) for n in names},
-        "kl": stats.kl / stats.tokens,
-        "clip_share": stats.clipped / stats.tokens,
-        "entropy": stats.entropy / stats.tokens,
+        "kl": stats.kl / passed,
+        "clip_share": stats.clipped / passed,
+        "entropy": stats.entropy / passed,
         "length": statistics.fmean(r.n_tokens for r in responses),
         "truncated": statistics.fmean(r.finish_reason == "length" for r in responses),
         "loss": stats.loss,
         "tokens_s": stats.tokens_trained / clock.seconds,
         **clock.record(),
         "zero_signal_groups": sum(not s.has_signal for s in scored),
+        "response_tokens_passed": stats.tokens,
+        "responses_dropped": sum(len(s.advantages) - len(s.trained) for s in scored),
         "frames_encoded": rolled.frames_encoded,
         "prefix_tokens_prefilled": rolled.prefix_tokens_prefilled,
         "clips_encoded": rolled.clips_encoded,
@@ -253,6 +277,25 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
         "tokens_trained": stats.tokens_trained,
         "tokens_logical": stats.tokens_logical,
     }
+
+
+def _describe(scored: Sequence[ScoredGroup]) -> Batch:
+    """For the record of a step that went wrong."""
+    responses = [
+        [
+            {
+                "tokens": c.tokens,
+                "logprobs": c.logprobs,
+                "text": c.response.text,
+                "reward": r,
+                "advantage": a,
+                "parts": p,
+            }
+            for c, r, a, p in zip(s.group.completions, s.rewards, s.advantages, s.parts, strict=True)
+        ]
+        for s in scored
+    ]
+    return describe_prompts([s.group.request.prompt for s in scored], responses)
 
 
 def completion_records(scored: Sequence[ScoredGroup], step: int) -> list[Record]:

@@ -20,7 +20,7 @@ from vrlt_fast.errors import Problem, SetupError, Stopped
 from vrlt_fast.evals.run import data_root, evaluate
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import from_config
-from vrlt_fast.model.load import VideoLM, load_model
+from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
 from vrlt_fast.model.vision import is_frozen
 from vrlt_fast.report.console import Console
 from vrlt_fast.report.html import write_report
@@ -38,6 +38,7 @@ from vrlt_fast.train.checkpoint import (
     save_checkpoint,
 )
 from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import make_optimizer
 from vrlt_fast.train.setup import (
     Inputs,
@@ -103,7 +104,10 @@ class Trainer:
         self.feed = Feed(
             inputs.info, inputs.train, self.clips, config, root=data_root(config, "train"), warn=console.warn
         )
+        if config.train.recompute:
+            enable_recompute(lm)
         self.embeds = from_config(config, lm, run_dir, console.warn) if is_frozen(lm) else None
+        self.guard = Guard(run_dir / "bad_steps", console.warn)
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
         self._tensors: dict[str, torch.Tensor] = {}
@@ -201,11 +205,12 @@ class Trainer:
         if name == "sft":
             optimizer = make_optimizer(self.lm, config.optim, config.sft.lr)
             stream = self.feed.videos(config.sft.batch, seed)
-            return SftStage(config, self.lm, self.feed, stream, optimizer, cache=self.embeds)
+            return SftStage(config, self.lm, self.feed, stream, optimizer, guard=self.guard, cache=self.embeds)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
         stream = self.feed.questions(config.rollout.prompts, seed)
         reference, keep = self._reference(), self.log.completions
-        return GrpoStage(config, self.lm, reference, self.feed, stream, optimizer, keep=keep, cache=self.embeds)
+        more: dict[str, Any] = {"guard": self.guard, "keep": keep, "cache": self.embeds}
+        return GrpoStage(config, self.lm, reference, self.feed, stream, optimizer, **more)
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder."""

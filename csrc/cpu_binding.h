@@ -47,7 +47,7 @@ inline vrlt_cpu::DType cpu_dtype(const Tensor& x, const char* name) {
 // Threads take the next unit as soon as they are free; few products are done by one.
 template <typename F>
 void spread(int64_t count, int64_t work, const F& f) {
-  constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications
+  constexpr int64_t WORTH_A_THREAD = 1 << 20;  // multiplications
   const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), count, 1 + work / WORTH_A_THREAD});
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

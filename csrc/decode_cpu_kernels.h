@@ -99,10 +99,17 @@ struct Tile {
     const Span& span = unit.span;
     const auto* keys = static_cast<const typename S::Raw*>(span.keys);
     const auto* values = static_cast<const typename S::Raw*>(span.values);
-    for (int64_t j = 0; j < span.length; j += BLOCK)
+    for (int64_t j = 0; j < span.length; j += BLOCK) {
+      // The next block, while this one is computed with: rows are short and lie apart, so the machine doesn't see it.
+      for (int64_t i = j + BLOCK; i < span.length && i < j + 2 * BLOCK; ++i)
+        for (int64_t c = 0; c < shape.dim; c += 64 / static_cast<int64_t>(sizeof(*keys))) {
+          __builtin_prefetch(keys + i * span.key_stride + c);
+          __builtin_prefetch(values + i * span.value_stride + c);
+        }
       block(
           keys + j * span.key_stride, values + j * span.value_stride, span,
           span.length - j < BLOCK ? span.length - j : BLOCK, shape.dim);
+    }
     for (int64_t lane = 0; lane < count; ++lane) {
       const int64_t row = unit.first_row + (first + lane) / shape.ratio, head = (first + lane) % shape.ratio;
       const int64_t part = parts.first_part[row] + unit.part;

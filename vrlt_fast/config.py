@@ -204,6 +204,9 @@ class GrpoConfig(_Section):
     """Divide the group's centred rewards by their standard deviation (GRPO) or not (Dr.GRPO)."""
     reduction: Literal["token", "sequence"] = "token"
     """Mean over all response tokens of the step, or over tokens of each response and then over responses."""
+    refill: Count = 0
+    """Dynamic sampling: at most so many further rollouts a step, of the next prompts, until rollout.prompts groups have
+    unequal rewards; groups with equal ones leave. 0: the step has the groups that it has."""
     truncated: Literal["keep", "drop"] = "keep"
     """Responses that reached max_new_tokens: trained like others, or left out of the loss (DAPO's over-long filter)."""
 
@@ -232,6 +235,9 @@ class TrainConfig(_Section):
     """CPU threads of torch; 0: torch's own choice."""
     micro_rows: Positive = 64
     """Most responses (GRPO) or questions (SFT) in one pass, but at least one group; gradients add up over the step."""
+    micro_tokens: Count = 0
+    """Most tokens of prompts and responses in one GRPO pass, but at least one response; 0: no limit but micro_rows.
+    Where memory runs out, the step is done again with half as many, and the run goes on with that."""
     prefix: Literal["shared", "replicated"] = "shared"
     """GRPO's passes: a prompt once for all of its responses, or, to check that, a copy a response, one by one."""
     recompute: bool = False

@@ -54,6 +54,7 @@ CODES: dict[str, str] = {
     "VRLT-E02": "device not available",
     "VRLT-E03": "needs a source checkout",
     "VRLT-E04": "vLLM doesn't start",
+    "VRLT-E05": "out of memory in the update",
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
     "VRLT-S03": "logits of a rollout not finite",

@@ -195,6 +195,28 @@ def test_a_step_without_signal_changes_nothing(make_config):
     assert not stage.optimizer.state
 
 
+def test_refill_takes_further_prompts_until_enough_have_signal(make_config):
+    """Rewards of every second group are equal: two of them need four prompts, two rollouts of two."""
+    kept = []
+    stage = stage_of("grpo", make_config(grpo={"steps": 2, "refill": 3, "beta": 0.0}), False, kept.append)
+    calls = itertools.count()
+
+    def reward(response, sample):
+        call = next(calls)  # groups of three, one after the other
+        return {"format": float(call % 3) if call // 3 % 2 else 1.0}
+
+    stage._reward = reward
+    record = stage.step(1)
+    assert (record["responses"], record["zero_signal_groups"]) == (4 * 3, 2)
+    assert len(kept) == 4
+    assert 0 < record["response_tokens_passed"] < sum(r["n_tokens"] for lines in kept for r in lines)
+    seeds = {line["response"] for lines in kept for line in lines}
+    assert len(seeds) > 1
+    stage._reward = lambda response, sample: {"format": 1.0}
+    record = stage.step(2)
+    assert (record["responses"], record["response_tokens_passed"]) == ((1 + 3) * 2 * 3, 0)
+
+
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 1.0), ("cosine", 0.1)])
 def test_learning_rate_of_grpo_follows_its_schedule(make_config, schedule, last):
     stage = stage_of(

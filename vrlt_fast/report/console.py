@@ -160,6 +160,8 @@ def step_line(record: dict[str, Any], eta: float) -> str:
         fields.append(f"zero-signal {record['zero_signal_groups']}")
     if record.get("responses_dropped"):
         fields.append(f"dropped {record['responses_dropped']}")
+    if record.get("out_of_memory"):
+        fields.append(f"out of memory {record['out_of_memory']}")
     if record.get("skipped"):
         fields.append("skipped")
     if record.get("failed_videos"):

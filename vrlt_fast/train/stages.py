@@ -22,17 +22,10 @@ from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Batch, Guard, describe_prompts
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr
+from vrlt_fast.train.plan import fitting
+from vrlt_fast.train.scored import ScoredGroup, StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.sft import Narration, answer_tokens, sft_backward
-from vrlt_fast.train.step import (
-    ScoredGroup,
-    StepSize,
-    UpdateStats,
-    grpo_backward,
-    score_groups,
-    score_old,
-    with_gradient,
-    with_rewards,
-)
+from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
 
 Record = dict[str, Any]
 
@@ -143,7 +136,7 @@ class GrpoStage:
     ):
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
-        self._guard = guard
+        self._guard, self._micro_tokens, self._out_of_memory = guard, config.train.micro_tokens, 0
         self._engine = open_engine(config, lm, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
@@ -157,15 +150,40 @@ class GrpoStage:
         if not prompts:
             return record | clock.record()
         vision = self._step_vision()
-        scored, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
+        seen, rolled = self._rollouts(prompts, step, clock, vision)
+        scored = self._chosen(seen)
         stats, norm = self._update(scored, lr, clock, vision)
         fine = self._guard.look("grpo", step, stats.loss, norm, lambda: _describe(scored))
-        record |= summary(scored, stats, rolled, clock) | {"grad_norm": norm} | ({} if fine else {"skipped": True})
+        record |= summary(seen, stats, rolled, clock) | {"grad_norm": norm} | ({} if fine else {"skipped": True})
+        if self._out_of_memory:
+            record |= {"out_of_memory": self._out_of_memory, "micro_tokens": self._micro_tokens}
         return record | ({"embed_cache": self._cache.stats()} if self._cache else {})
 
     def _step_vision(self) -> StepVision | None:
         """For the weights as they are now; None where the tower is frozen."""
         return None if is_frozen(self.lm) else StepVision(self.lm)
+
+    def _rollouts(
+        self, prompts: Sequence[Prompt], step: int, clock: Clock, vision: StepVision | None
+    ) -> tuple[list[ScoredGroup], RolloutStats]:
+        """The groups of these prompts, and with ``grpo.refill`` of the prompts after them, until enough have signal."""
+        seen, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
+        for _ in range(self.config.grpo.refill):
+            if sum(s.has_signal for s in seen) >= self.config.rollout.prompts:
+                break
+            with clock.phase("decode"):
+                prompts = self.feed.next(self.stream)
+            if prompts:
+                found, stats = self._rollout(self._requests(prompts, step, len(seen)), step, clock, vision)
+                seen += found
+                rolled.add(stats)
+        clock.phases |= rolled.seconds
+        clock.phases["generate"] -= clock.phases["reward"]
+        return seen, rolled
+
+    def _chosen(self, seen: list[ScoredGroup]) -> list[ScoredGroup]:
+        """What is trained on: with ``grpo.refill`` the first ``rollout.prompts`` groups with signal, else all."""
+        return [s for s in seen if s.has_signal][: self.config.rollout.prompts] if self.config.grpo.refill else seen
 
     def _rollout(
         self, requests: Sequence[RolloutRequest], step: int, clock: Clock, vision: StepVision | None
@@ -182,20 +200,18 @@ class GrpoStage:
 
         self._engine.sync(self.lm)
         _, rolled = self._engine.generate(requests, finish, vision)
-        clock.phases |= rolled.seconds
-        clock.phases["generate"] -= clock.phases["reward"]
         return [scored[id(request)] for request in requests], rolled
 
     def close(self) -> None:
         """Close the rollout engine."""
         self._engine.close()
 
-    def _requests(self, prompts: Sequence[Prompt], step: int) -> list[RolloutRequest]:
+    def _requests(self, prompts: Sequence[Prompt], step: int, first: int = 0) -> list[RolloutRequest]:
         rollout = self.config.rollout
         sampling = Sampling(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.stop
         )
-        base = (self.config.train.seed * 1_000_003 + step) * 10_007
+        base = (self.config.train.seed * 1_000_003 + step) * 10_007 + first
         return [RolloutRequest(p, rollout.group_size, sampling, base + i) for i, p in enumerate(prompts)]
 
     def _shuffled(self, scored: ScoredGroup, step: int) -> ScoredGroup:
@@ -208,30 +224,33 @@ class GrpoStage:
     def _update(
         self, scored: Sequence[ScoredGroup], lr: float, clock: Clock, vision: StepVision | None
     ) -> tuple[UpdateStats, float]:
-        """All optimizer steps on one rollout; returns the counters of the last one."""
+        """All optimizer steps on one rollout; returns the counters of the last one. Where memory runs out a step is
+        done again in smaller pieces, and so are those after it.
+        """
         config, begin = self.config, perf_counter()
-        how: dict[str, Any] = {
-            "temperature": config.rollout.temperature,
-            "micro_rows": config.train.micro_rows,
-            "prefix": config.train.prefix,
-        }
-        active, size, old = with_gradient(scored, kl=self.reference is not None), StepSize.of(scored), None
+        active, size = with_gradient(scored, kl=self.reference is not None), StepSize.of(scored)
         if not active:  # nothing to learn from: the weights and the optimizer stay as they are
             return UpdateStats(), 0.0
-        if config.grpo.updates > 1:
-            old = score_old(self.lm, active, held=vision or self._cache, **how)
-        reference_seconds, mismatch = 0.0, None
+        rows, old, mismatch = config.train.micro_rows, None, None
+        how: dict[str, Any] = {"temperature": config.rollout.temperature, "micro_rows": rows}
+        how["prefix"] = config.train.prefix
+
+        def run(tokens: int) -> UpdateStats:
+            nonlocal old
+            now = {**how, "micro_tokens": tokens, "held": vision or self._cache}
+            if config.grpo.updates > 1 and old is None:
+                old = score_old(self.lm, active, **now)
+            return grpo_backward(self.lm, self.reference, active, config.grpo, size=size, old=old, **now)
+
+        def undo() -> None:
+            nonlocal vision
+            self.optimizer.clear()
+            vision = self._step_vision()  # the one before holds gradients of what was done
+
+        reference_seconds = 0.0
         for _ in range(config.grpo.updates):
-            stats = grpo_backward(
-                self.lm,
-                self.reference,
-                active,
-                config.grpo,
-                size=size,
-                old=old,
-                held=vision or self._cache,
-                **how,
-            )
+            stats, self._micro_tokens, failed = fitting(run, active, rows, self._micro_tokens, undo=undo)
+            self._out_of_memory += failed
             norm = apply_step(self.lm, self.optimizer, stats.loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds
             mismatch = mismatch or stats.mismatch  # of the weights that rolled out

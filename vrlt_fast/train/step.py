@@ -1,10 +1,9 @@
-"""One GRPO step on given prompts: rewards to advantages, the clipped loss with k3 KL, gradients."""
+"""The gradient of one GRPO step on scored groups: the clipped loss with k3 KL."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from time import perf_counter
 from typing import Literal
 
@@ -16,45 +15,14 @@ from vrlt_fast.model.layout import GroupLayout, Row, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.replicated import replicated_logprobs
 from vrlt_fast.model.vision import Embeddings, StepVision, VisionEmbeds, shared_vision
-from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
-from vrlt_fast.rollout.group import Group
 from vrlt_fast.train.mismatch import Mismatch
-from vrlt_kernels import LossSpec, group_advantages, policy_loss
+from vrlt_fast.train.plan import micro_batches
+from vrlt_fast.train.scored import ScoredGroup, StepSize
+from vrlt_kernels import LossSpec, policy_loss
 
 Prefix = Literal["shared", "replicated"]
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredGroup:
-    """A rolled-out group with what each response earned: named parts, weighted reward, advantage."""
-
-    group: Group
-    parts: tuple[Parts, ...]
-    rewards: tuple[float, ...]
-    advantages: tuple[float, ...]
-    trained: tuple[int, ...]
-    """Which responses are in the loss."""
-
-    @property
-    def has_signal(self) -> bool:
-        return any(self.advantages[i] != 0.0 for i in self.trained)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the loss."""
-        return sum(len(self.group.completions[i].tokens) for i in self.trained)
-
-
-@dataclass(frozen=True)
-class StepSize:
-    """What the loss of a step is a mean over: its response ``tokens`` that are trained, or all of its ``rows``."""
-
-    tokens: int
-    rows: int
-
-    @staticmethod
-    def of(scored: Sequence[ScoredGroup]) -> StepSize:
-        return StepSize(sum(s.tokens for s in scored), sum(len(s.advantages) for s in scored))
+OldLogprobs = dict[tuple[int, int], torch.Tensor]
+"""Log-probs [tokens] of a response, by the id of its group and its number in it."""
 
 
 @dataclass
@@ -72,48 +40,6 @@ class UpdateStats:
     mismatch: Mismatch = field(default_factory=Mismatch)
 
 
-def score_groups(
-    groups: Sequence[Group], reward: Reward, shape: Shaper, weights: Mapping[str, float], grpo: GrpoConfig
-) -> list[ScoredGroup]:
-    """Reward, shape and normalise within each group."""
-    views = [ResponseGroup(g.request.prompt.sample, tuple(c.response for c in g.completions)) for g in groups]
-    trained = [(g, v) for g, v in zip(groups, views, strict=True) if g.request.train]
-    auxiliary = [v for g, v in zip(groups, views, strict=True) if not g.request.train]
-    parts = [
-        shape([reward(r, v.sample) for r in v.responses], v, [a for a in auxiliary if a.sample is v.sample])
-        for _, v in trained
-    ]
-    rewards = [[total(p, weights) for p in group] for group in parts]
-    return with_rewards([g for g, _ in trained], parts, rewards, grpo)
-
-
-def with_rewards(
-    groups: Sequence[Group], parts: Sequence[Sequence[Parts]], rewards: Sequence[Sequence[float]], grpo: GrpoConfig
-) -> list[ScoredGroup]:
-    """Scored groups from given rewards."""
-    flat = torch.tensor([r for group in rewards for r in group], dtype=torch.float64)
-    if not bool(torch.isfinite(flat).all()):
-        raise ValueError("rewards hold a value that is not finite")
-    sizes = [len(group) for group in rewards]
-    offsets = torch.tensor([0, *accumulate(sizes)])
-    scale = "group" if grpo.scale == "std" else "none"
-    advantages = group_advantages(flat, offsets, scale=scale).float().split(sizes)
-    return [
-        ScoredGroup(g, tuple(p), tuple(r), tuple(a.tolist()), _trained(g, grpo))
-        for g, p, r, a in zip(groups, parts, rewards, advantages, strict=True)
-    ]
-
-
-def _trained(group: Group, grpo: GrpoConfig) -> tuple[int, ...]:
-    ended = [c.response.finish_reason != "length" or grpo.truncated == "keep" for c in group.completions]
-    return tuple(i for i, keep in enumerate(ended) if keep)
-
-
-def with_gradient(scored: Sequence[ScoredGroup], *, kl: bool) -> list[ScoredGroup]:
-    """The groups that a pass is worth: responses in the loss, and an advantage or a KL that moves them."""
-    return [s for s in scored if s.trained and (kl or s.has_signal)]
-
-
 def grpo_backward(
     lm: VideoLM,
     reference: VideoLM | None,
@@ -122,9 +48,10 @@ def grpo_backward(
     *,
     temperature: float,
     micro_rows: int,
+    micro_tokens: int = 0,
     size: StepSize | None = None,
     prefix: Prefix = "shared",
-    old: Sequence[torch.Tensor] | None = None,
+    old: OldLogprobs | None = None,
     held: Embeddings | None = None,
 ) -> UpdateStats:
     """Accumulate the gradient of the step's loss. The normaliser is the whole step's, so micro-batches don't change it.
@@ -132,11 +59,11 @@ def grpo_backward(
     Args:
         size: of the step, where groups of it were left out.
         prefix: "replicated" computes a prompt once a response, to check that the shared one is the same.
-        old: log-probs [N] of each micro-batch under the policy that rolled out; None: the current policy (mu = 1).
+        old: log-probs under the policy that rolled out; None: the current policy (mu = 1).
         held: embeddings of a frozen tower, or of the step of a trained one, which ends with this call.
     """
     stats, size = UpdateStats(tokens=sum(s.tokens for s in scored)), size or StepSize.of(scored)
-    for number, chunk in enumerate(micro_batches(scored, micro_rows)):
+    for chunk in micro_batches(scored, micro_rows, micro_tokens):
         layout = group_layout(lm, chunk)
         advantages = torch.tensor([s.advantages[i] for s in chunk for i in s.trained], device=lm.device)
         prompts = [s.group.request.prompt for s in chunk]
@@ -156,7 +83,7 @@ def grpo_backward(
             layout.target_offsets,
             _spec(grpo, has_reference=ref_logp is not None),
             advantages=advantages,
-            old_logp=None if old is None else old[number],
+            old_logp=None if old is None else torch.cat([old[id(s.group), i] for s in chunk for i in s.trained]),
             ref_logp=ref_logp,
             normalizer=size.tokens if grpo.reduction == "token" else size.rows,
         )
@@ -179,15 +106,18 @@ def score_old(
     *,
     temperature: float,
     micro_rows: int,
+    micro_tokens: int = 0,
     prefix: Prefix = "shared",
     held: Embeddings | None = None,
-) -> list[torch.Tensor]:
-    """Log-probs [N] of each micro-batch under the current policy, for steps with more than one update."""
-    out = []
-    for chunk in micro_batches(scored, micro_rows):
+) -> OldLogprobs:
+    """Log-probs of all responses in the loss under the current policy, for steps with more than one update."""
+    out: OldLogprobs = {}
+    for chunk in micro_batches(scored, micro_rows, micro_tokens):
         layout = group_layout(lm, chunk)
         vision = shared_vision(lm, [s.group.request.prompt for s in chunk], held)
-        out.append(_logprobs(lm, chunk, layout, vision, temperature, prefix)[0])
+        logp, _ = _logprobs(lm, chunk, layout, vision, temperature, prefix)
+        rows = [(id(s.group), i) for s in chunk for i in s.trained]
+        out |= dict(zip(rows, logp.split(layout.target_offsets.diff().tolist()), strict=True))
     return out
 
 
@@ -202,19 +132,6 @@ def _logprobs(
     if prefix == "shared":
         return target_logprobs(lm, layout, vision, temperature)
     return replicated_logprobs(lm, [s.group.request.prompt for s in chunk], _rows(chunk), vision, temperature)
-
-
-def micro_batches(scored: Sequence[ScoredGroup], micro_rows: int) -> list[list[ScoredGroup]]:
-    """Whole groups, in order, packed into micro-batches of at most ``micro_rows`` responses (one group at least)."""
-    out: list[list[ScoredGroup]] = []
-    used = 0
-    for group in scored:
-        if not out or used + len(group.trained) > micro_rows:
-            out.append([])
-            used = 0
-        out[-1].append(group)
-        used += len(group.trained)
-    return out
 
 
 def group_layout(lm: VideoLM, chunk: Sequence[ScoredGroup]) -> GroupLayout:

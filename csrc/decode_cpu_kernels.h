@@ -68,12 +68,14 @@ struct Tile {
         const Vec<T> s = load<T>(scores + j * LANES + v * W<T>);
         top = s > top ? s : top;
       }
-      factor[v] = exp_vec<T>(clamp_vec<T>(max[v] - top));
+      // Keys of score -inf weigh nothing, also where there are no others yet.
+      const Vec<T> base = top == broadcast<T>(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : top;
+      factor[v] = exp_vec<T>(clamp_vec<T>(max[v] - base));
       max[v] = top;
       sum[v] *= factor[v];
       for (j = 0; j < n; ++j) {
         T* at = scores + j * LANES + v * W<T>;
-        const Vec<T> e = exp_vec<T>(clamp_vec<T>(load<T>(at) - top));
+        const Vec<T> e = exp_vec<T>(clamp_vec<T>(load<T>(at) - base));
         sum[v] += e;
         store<T>(at, e);
       }
@@ -155,9 +157,10 @@ static void merge(void* out, int64_t row, const Shape& shape, const Parts& parts
     const auto part = [&](int64_t i) { return data + (i * heads + head) * size; };
     T top = -std::numeric_limits<T>::infinity(), sum = 0;
     for (int64_t i = begin; i < end; ++i) top = part(i)[shape.dim] > top ? part(i)[shape.dim] : top;
+    const T base = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
     for (int64_t c = 0; c < shape.dim; ++c) total[c] = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const T weight = std::exp(part(i)[shape.dim] - top);
+      const T weight = std::exp(part(i)[shape.dim] - base);
       sum += weight * part(i)[shape.dim + 1];
       for (int64_t c = 0; c < shape.dim; ++c) total[c] += weight * part(i)[c];
     }

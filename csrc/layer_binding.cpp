@@ -90,7 +90,7 @@ class Layer {
     for (int64_t i = 0; i < n_.rows; ++i)
       for (int64_t h = 0; h < n_.kv_heads; ++h)
         std::memcpy(
-            data(cache) + slots.index(i) * cache.stride(0) + columns.index(i) * cache.stride(1) + h * cache.stride(2),
+            static_cast<T*>(cache.mutable_data_ptr()) + slots.index(i) * cache.stride(0) + columns.index(i) * cache.stride(1) + h * cache.stride(2),
             data(x) + (i * n_.kv_heads + h) * n_.dim, n_.dim * sizeof(T));
   }
 

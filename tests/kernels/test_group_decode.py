@@ -158,6 +158,28 @@ def test_threads_do_not_matter(generator: torch.Generator) -> None:
         assert all(torch.equal(found[0], other) for other in found[1:]) or not _native.available()
 
 
+def test_a_query_of_any_strides(generator: torch.Generator, backend: str) -> None:
+    x = problem(generator, **RAGGED)
+    y = x | {"query": x["query"].transpose(1, 2).contiguous().transpose(1, 2)}
+    assert torch.equal(group_decode(**y), group_decode(**x))
+
+
+def test_keys_of_score_minus_infinity_weigh_nothing(generator: torch.Generator) -> None:
+    """A whole part of them, in front of others."""
+    x = problem(generator, rows=[1], prefixes=[600], suffixes=[1], ratio=1)
+    start, ones = int(x["prefix_start"][0]), torch.ones(16)
+    x["query"][0, 0] = ones
+    x["prefix_key"][start : start + 520] = -3e38
+    x["suffix_key"][x["slots"][0], 0] = -3e38
+    if _native.available():
+        got = group_decode(**x, scale=1.0, backend="native")
+        keys = slice(start + 520, start + 600)
+        weights = (x["prefix_key"][keys, 0].double() @ ones.double()).softmax(0)
+        torch.testing.assert_close(
+            got[0, 0].double(), weights @ x["prefix_value"][keys, 0].double(), atol=1e-5, rtol=1e-5
+        )
+
+
 def test_further_layers_need_not_be_looked_at(generator: torch.Generator, backend: str) -> None:
     x = problem(generator, **RAGGED)
     assert torch.equal(group_decode(**x, validate=False), group_decode(**x))

@@ -58,13 +58,28 @@ def test_hooks_and_replaced_layers_are_called(lm, prompts):
     finally:
         hook.remove()
 
-    class Adapted(torch.nn.Linear):
+    layer, linear = text.layers[1], torch.nn.Linear
+
+    class Adapted(linear):
         pass
 
-    plain = text.layers[1].self_attn.q_proj
-    text.layers[1].self_attn.q_proj = Adapted(plain.in_features, plain.out_features)
-    try:
-        assert cpu_step(lm) is None
-    finally:
-        text.layers[1].self_attn.q_proj = plain
+    for parent, name, other in (
+        (layer.self_attn, "q_proj", Adapted(192, 192)),
+        (layer.mlp, "down_proj", linear(layer.mlp.down_proj.in_features, 192)),
+        (layer.mlp, "act_fn", torch.nn.GELU()),
+        (layer, "input_layernorm", torch.nn.LayerNorm(192)),
+        (text, "norm", torch.nn.RMSNorm(192)),
+    ):
+        plain = getattr(parent, name)
+        setattr(parent, name, other)
+        try:
+            assert cpu_step(lm) is None, name
+        finally:
+            setattr(parent, name, plain)
+    layer.input_layernorm.variance_epsilon *= 2
+    assert cpu_step(lm) is None
+    layer.input_layernorm.variance_epsilon /= 2
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert cpu_step(lm) is None
+    hook.remove()
     assert cpu_step(lm) is not None

@@ -229,7 +229,11 @@ def test_recomputed_layers_give_the_same_gradient(lm, groups, seed):
     for recompute in (False, True):
         if recompute:
             enable_recompute(lm)
-        grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), temperature=T, micro_rows=64)
+        vision = StepVision(lm)
+        lm.module.eval()  # as in the rollout, where clips go through the tower
+        vision.take(clip for s in scored for clip in s.group.request.prompt.media)
+        lm.module.train()
+        grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), temperature=T, micro_rows=64, held=vision)
         found.append((gradients(lm), [calls.count(layer) for layer in layers]))
         calls.clear()
     assert [times for _, times in found] == [[1, 1], [2, 2]]

@@ -55,8 +55,8 @@ def concat(pieces: Sequence[VisionEmbeds]) -> VisionEmbeds:
 def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> VisionEmbeds:
     """The sum of n_tokens tokens of the clips (videos and images), in order; with gradients where the tower is trained.
 
-    A frozen tower runs without a graph. Frame pairs don't see each other in these towers, so they go through in pieces:
-    what lives inside a piece doesn't grow with the clip.
+    A frozen tower runs without a graph. Frame pairs don't see each other in these towers, so they go through in pieces,
+    and without a graph what lives inside the tower doesn't grow with the clip.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(lm)):
         return concat([_encode(lm, piece) for piece in _pieces(clips, PIECE.get(lm.device.type, 65536))])
@@ -106,12 +106,22 @@ class StepVision:
         by_key = {clip.key: clip for clip in clips}
         new = [clip for key, clip in by_key.items() if key not in self._leaves]
         if new:
-            with torch.enable_grad():
-                pieces = encode_clips(self._lm, new).split([c.n_tokens for c in new])
+            tower = self._lm.module.model.visual
+            training = tower.training
+            tower.train()  # a rollout is in evaluation mode, where activation checkpointing is off
+            try:
+                with torch.enable_grad():
+                    pieces = encode_clips(self._lm, new).split([c.n_tokens for c in new])
+            finally:
+                tower.train(training)
             for clip, made in zip(new, pieces, strict=True):
                 leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made.tensors]
                 self._made[clip.key], self._leaves[clip.key] = made, VisionEmbeds(leaves[0], tuple(leaves[1:]))
         return {key: self._leaves[key] for key in by_key}, new
+
+    def drop(self) -> None:
+        """Let go of embeddings, their gradients and the tower's activations."""
+        self._made, self._leaves = {}, {}
 
     def backward(self) -> None:
         """Accumulate the tower's gradients from what the leaves have collected. Once; the embeddings end with it."""
@@ -121,7 +131,7 @@ class StepVision:
             for made, leaf in zip(self._made[key].tensors, self._leaves[key].tensors, strict=True)
             if leaf.grad is not None
         ]
-        self._made, self._leaves = {}, {}
+        self.drop()
         if pairs:
             torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
 

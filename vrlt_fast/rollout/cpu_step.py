@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rollout.passes import DecodePass
@@ -54,30 +55,29 @@ class CpuStep:
 def cpu_step(lm: VideoLM) -> CpuStep | None:
     """None where the model is more than its family's plain layers, runs elsewhere, or the operator wasn't built."""
     weight = lm.module.get_input_embeddings().weight
-    if not chosen(weight):
+    if not chosen(weight) or torch.nn.modules.module._has_any_global_hook():
         return None
-    text = lm.module.model.language_model
+    text, head = lm.module.model.language_model, lm.module.lm_head
     # other kinds of rotation may depend on the length of the sequence
     static = getattr(text.rotary_emb, "rope_type", "") in ("default", "linear", "llama3", "yarn")
-    plain = static and text.config.hidden_act == "silu" and not _watched(text) and not _watched(text.norm)
-    plain = plain and all(map(_only_plain, (text.layers, lm.module.lm_head)))
-    return CpuStep(lm) if plain and all(p.dtype == weight.dtype for p in text.parameters()) else None
+    parts = [("", text), ("norm", text.norm), ("lm_proj", head), *text.layers.named_modules()]
+    eps = float(text.config.rms_norm_eps)
+    if not static or not all(_plain(name.rpartition(".")[2], module, eps) for name, module in parts):
+        return None
+    return CpuStep(lm) if all(p.dtype == weight.dtype and p.is_contiguous() for p in text.parameters()) else None
 
 
-def _only_plain(root: torch.nn.Module) -> bool:
-    """Neither adapters nor other replaced layers, nor hooks."""
-    for name, module in root.named_modules():
-        linear = name.endswith("_proj") or name == ""
-        if linear and hasattr(module, "weight") and type(module) is not torch.nn.Linear:
-            return False
-        if _watched(module):
-            return False
-    return True
-
-
-def _watched(module: torch.nn.Module) -> bool:
-    """Whether somebody wants to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _plain(name: str, module: Any, eps: float) -> bool:
+    """Whether it is what its family has under this name, and nobody wants to be called: no adapter, no hook."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    if name.endswith("_proj"):
+        mlp = name in ("gate_proj", "up_proj", "down_proj")
+        return type(module) is torch.nn.Linear and not (mlp and module.bias is not None)
+    if name == "act_fn":
+        return type(module) is type(ACT2FN["silu"])
+    own = type(module).__module__.startswith("transformers.models.qwen") or type(module) is torch.nn.ModuleList
+    return own and (not name.endswith("norm") or getattr(module, "variance_epsilon", None) == eps)
 
 
 def _weights(layer: Any) -> LayerWeights:

@@ -26,7 +26,9 @@ class Guard:
     """``folder``: where the batches of bad steps go. ``warn``: called with one line for each."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
-        self._folder, self._warn, self._bad = folder, warn, 0
+        self._folder, self._warn = folder, warn
+        self.in_a_row = 0
+        """Bad steps up to now, for the checkpoint."""
 
     def look(self, stage: str, step: int, loss: float, norm: float, batch: Callable[[], Batch]) -> bool:
         """Whether the step was finite; ``batch`` is asked for where it wasn't.
@@ -36,9 +38,9 @@ class Guard:
             SetupError: R02 or R03 the batch can't be written.
         """
         if math.isfinite(loss) and math.isfinite(norm):
-            self._bad = 0
+            self.in_a_row = 0
             return True
-        self._bad += 1
+        self.in_a_row += 1
         name = f"{stage}-{step:06d}"
         tensors, about = batch()
         kept = _within(tensors, MOST_BYTES)
@@ -50,8 +52,8 @@ class Guard:
         write_text(self._folder / f"{name}.json", json.dumps({**text, **left, "prompts": about}, indent=1) + "\n")
         what = f"loss {loss} with gradient norm {norm}"
         self._warn(f"step {step} of {stage} skipped: {what}; its batch: {self._folder / name}.json")
-        if self._bad >= IN_A_ROW:
-            why = f"{IN_A_ROW} steps in a row; the weights are those of the step before them"
+        if self.in_a_row >= IN_A_ROW:
+            why = f"{IN_A_ROW} steps in a row; no update that wasn't finite was applied"
             fix = "start a new run with a lower learning rate, with --model.name at this run's newest checkpoint"
             raise Stopped(Problem("VRLT-S01", what, str(self._folder / f"{name}.json"), why, fix))
         return False

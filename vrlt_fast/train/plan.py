@@ -99,4 +99,5 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in host memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

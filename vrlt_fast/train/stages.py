@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -153,8 +154,10 @@ class GrpoStage:
         seen, rolled = self._rollouts(prompts, step, clock, vision)
         scored = self._chosen(seen)
         stats, norm = self._update(scored, lr, clock, vision)
-        fine = self._guard.look("grpo", step, stats.loss, norm, lambda: _describe(scored))
-        record |= summary(seen, stats, rolled, clock) | {"grad_norm": norm} | ({} if fine else {"skipped": True})
+        passed = stats.tokens > 0
+        fine = not passed or self._guard.look("grpo", step, stats.loss, norm, lambda: _describe(scored))
+        record |= summary(seen, stats, rolled, clock) | {"grad_norm": norm if passed else None}
+        record |= {} if fine else {"skipped": True}
         if self._out_of_memory:
             record |= {"out_of_memory": self._out_of_memory, "micro_tokens": self._micro_tokens}
         return record | ({"embed_cache": self._cache.stats()} if self._cache else {})
@@ -167,6 +170,7 @@ class GrpoStage:
         self, prompts: Sequence[Prompt], step: int, clock: Clock, vision: StepVision | None
     ) -> tuple[list[ScoredGroup], RolloutStats]:
         """The groups of these prompts, and with ``grpo.refill`` of the prompts after them, until enough have signal."""
+        self._engine.sync(self.lm)
         seen, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
         for _ in range(self.config.grpo.refill):
             if sum(s.has_signal for s in seen) >= self.config.rollout.prompts:
@@ -198,7 +202,6 @@ class GrpoStage:
                 scored[id(group.request)] = one
                 self._keep(completion_records([one], step))
 
-        self._engine.sync(self.lm)
         _, rolled = self._engine.generate(requests, finish, vision)
         return [scored[id(request)] for request in requests], rolled
 
@@ -245,7 +248,9 @@ class GrpoStage:
         def undo() -> None:
             nonlocal vision
             self.optimizer.clear()
-            vision = self._step_vision()  # the one before holds gradients of what was done
+            if vision is not None:
+                vision.drop()  # it holds gradients of what was done
+            vision = self._step_vision()
 
         reference_seconds = 0.0
         for _ in range(config.grpo.updates):
@@ -255,6 +260,8 @@ class GrpoStage:
             reference_seconds += stats.reference_seconds
             mismatch = mismatch or stats.mismatch  # of the weights that rolled out
             stats.mismatch = mismatch
+            if not (math.isfinite(stats.loss) and math.isfinite(norm)):
+                break
             vision = self._step_vision()  # the weights are others now
         clock.phases["reference"] = reference_seconds
         clock.phases["update"] = perf_counter() - begin - reference_seconds
@@ -266,18 +273,16 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
     rewards = [r for s in scored for r in s.rewards]
     parts = [p for s in scored for p in s.parts]
     responses = [c.response for s in scored for c in s.group.completions]
-    passed = max(stats.tokens, 1)
+    sums = {"kl": stats.kl, "clip_share": stats.clipped, "entropy": stats.entropy}
     names = [n for n in ("semantic", "temporal", "format") if any(n in p for p in parts)]
     return {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.fmean(statistics.pstdev(s.rewards) for s in scored),
         "parts": {n: statistics.fmean(p[n] for p in parts if n in p) for n in names},
-        "kl": stats.kl / passed,
-        "clip_share": stats.clipped / passed,
-        "entropy": stats.entropy / passed,
+        **{name: value / stats.tokens if stats.tokens else None for name, value in sums.items()},
         "length": statistics.fmean(r.n_tokens for r in responses),
         "truncated": statistics.fmean(r.finish_reason == "length" for r in responses),
-        "loss": stats.loss,
+        "loss": stats.loss if stats.tokens else None,
         "tokens_s": stats.tokens_trained / clock.seconds,
         **clock.record(),
         "zero_signal_groups": sum(not s.has_signal for s in scored),
@@ -292,7 +297,7 @@ def summary(scored: Sequence[ScoredGroup], stats: UpdateStats, rolled: RolloutSt
         "responses": len(responses),
         "prefix_tokens_read": rolled.prefix_tokens_read,
         "tokens_generated": rolled.tokens_generated,
-        "mismatch": stats.mismatch.record(),
+        "mismatch": stats.mismatch.record() if stats.tokens else None,
         "tokens_trained": stats.tokens_trained,
         "tokens_logical": stats.tokens_logical,
     }

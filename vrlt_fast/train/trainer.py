@@ -152,6 +152,7 @@ class Trainer:
         load_weights_into(latest, self.lm.module, verified=True)
         # Also where the checkpoint ends a stage: the next one goes on with the counts and the random state.
         self.feed.load(loaded.state["feed"])
+        self.guard.in_a_row = int(loaded.state.get("bad_steps", 0))
         load_rng_tensors(loaded.tensors)
         self._resume_from, self._tensors = loaded.state, loaded.tensors
         self._evaluated = truncate_after(self.run_dir, stages, loaded.state["stage"], loaded.state["step"])
@@ -246,6 +247,7 @@ class Trainer:
             "stream": stage.stream.state(),
             "feed": self.feed.state(),
             "data": self.inputs.fingerprint,
+            "bad_steps": self.guard.in_a_row,
         }
         save_checkpoint(
             self.checkpoints / checkpoint_name(name, None if final else step),

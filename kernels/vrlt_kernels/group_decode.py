@@ -144,7 +144,8 @@ def group_decode(
     numbers = check(x, scale, max_prefix, max_group)
     with contextlib.nullcontext() if backend is None else use_backend(backend):
         if not torch.compiler.is_compiling() and query.numel() and _backend(query) == "native":
-            return _compiled(_unit_stride(x), numbers[0], numbers[2])  # without the custom operator's own dozens of microseconds
+            # without the custom operator's own dozens of microseconds
+            return _compiled(_unit_stride(x), numbers[0], numbers[2])
         out: torch.Tensor = _decode(*x, *numbers)
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vrlt_fast.rollout.cpu_step import cpu_step
+from vrlt_fast.rollout.cpu_step import _say, cpu_step
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
@@ -47,12 +47,15 @@ def test_changed_and_replaced_weights_are_used(lm, prompts):
     assert [c.tokens for c in changed] == [c.tokens for c in replaced] != [c.tokens for c in before]
 
 
-def test_hooks_and_replaced_layers_are_called(lm, prompts):
+def test_hooks_and_replaced_layers_are_called(lm, prompts, caplog):
     """What somebody put into the model runs, as the modules do."""
     calls, text = [], lm.module.model.language_model
     hook = text.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    _say.cache_clear()
     try:
-        assert cpu_step(lm) is None
+        with caplog.at_level("INFO", "vrlt_fast"):
+            assert cpu_step(lm) is None
+        assert "transformers' modules: 0.mlp is replaced, has a hook" in caplog.text
         rollouts(GroupEngine(lm), prompts[:1], length=4)
         assert len(calls) == 4, "a prefill and three steps"
     finally:

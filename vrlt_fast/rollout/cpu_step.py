@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from transformers.activations import ACT2FN
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.rollout.passes import DecodePass
 from vrlt_kernels.decode_layer import DecodeCaches, DecodeNumbers, LayerWeights, chosen, decode_head, decode_layer
+
+_log = logging.getLogger(__name__)
 
 
 class CpuStep:
@@ -53,18 +57,39 @@ class CpuStep:
 
 
 def cpu_step(lm: VideoLM) -> CpuStep | None:
-    """None where the model is more than its family's plain layers, runs elsewhere, or the operator wasn't built."""
+    """None where the model is more than its family's plain layers, which is said in the log, runs elsewhere, or the
+    operator wasn't built.
+    """
     weight = lm.module.get_input_embeddings().weight
-    if not chosen(weight) or torch.nn.modules.module._has_any_global_hook():
+    if weight.device.type != "cpu":
         return None
+    other = _other_than_plain(lm, weight.dtype)
+    if other:
+        _say(other)
+        return None
+    return CpuStep(lm) if chosen(weight) else None
+
+
+@lru_cache
+def _say(other: str) -> None:
+    """Once a reason."""
+    _log.info("decode steps take transformers' modules: %s", other)
+
+
+def _other_than_plain(lm: VideoLM, dtype: torch.dtype) -> str:
+    """What the compiled layer wouldn't compute as the model does; empty where there is nothing."""
     text, head = lm.module.model.language_model, lm.module.lm_head
-    # other kinds of rotation may depend on the length of the sequence
-    static = getattr(text.rotary_emb, "rope_type", "") in ("default", "linear", "llama3", "yarn")
-    parts = [("", text), ("norm", text.norm), ("lm_proj", head), *text.layers.named_modules()]
+    if torch.nn.modules.module._has_any_global_hook():
+        return "hooks on all modules"
+    # other kinds may depend on the length of the sequence
+    if getattr(text.rotary_emb, "rope_type", "") not in ("default", "linear", "llama3", "yarn"):
+        return "its rotation"
     eps = float(text.config.rms_norm_eps)
-    if not static or not all(_plain(name.rpartition(".")[2], module, eps) for name, module in parts):
-        return None
-    return CpuStep(lm) if all(p.dtype == weight.dtype and p.is_contiguous() for p in text.parameters()) else None
+    for name, module in (("", text), ("norm", text.norm), ("lm_proj", head), *text.layers.named_modules()):
+        if not _plain(name.rpartition(".")[2], module, eps):
+            return f"{name or type(module).__name__} is replaced, has a hook or another eps or bias"
+    plain = all(p.dtype == dtype and p.is_contiguous() for p in text.parameters())
+    return "" if plain else "weights of several dtypes, or not contiguous"
 
 
 def _plain(name: str, module: Any, eps: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vrlt_fast.config import Config, ModelConfig, PromptConfig, VideoConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
@@ -11,6 +12,15 @@ from vrlt_fast.model.prompt import encode_prompt
 from vrlt_fast.video.cache import ClipLoader
 
 VIDEO = {"sampling": "fps", "fps": 1.0, "min_frames": 2, "min_pixels": 784, "max_pixels": 1568}
+
+
+@pytest.fixture
+def one_thread():
+    """Undo what a run sets: threads and determinism."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -68,14 +68,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         Guard(tmp_path / "bad", print).look("sft", 1, NAN, 0.0, batch)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_skips_one_bad_step_and_stops_at_three(make_config, monkeypatch):
     """The gradient is spoilt for real, behind the backward pass."""

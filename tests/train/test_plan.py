@@ -80,14 +80,6 @@ def test_other_errors_pass():
     assert out_of_memory(caught.value)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_run_goes_on_after_memory_ran_out(make_config, tmp_path, monkeypatch, updates):

@@ -30,14 +30,6 @@ def records(run, name="metrics.jsonl"):
     return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_run_folder_of_a_short_run(make_config, capsys):
     # an untrained model earns nothing: the decay takes it away from the reference

@@ -35,6 +35,11 @@ CPU_SOURCES = {  # with the flags of their instruction set, which the library as
     "decode_cpu_generic.cpp": [],
     "decode_cpu_avx2.cpp": AVX2,
     "decode_cpu_avx512.cpp": AVX512,
+    "attention_binding.cpp": ["-O2"],
+    "attention_cpu.cpp": [],
+    "attention_cpu_generic.cpp": [],
+    "attention_cpu_avx2.cpp": AVX2,
+    "attention_cpu_avx512.cpp": AVX512,
     "linear_binding.cpp": ["-O2"],
     "layer_binding.cpp": [],
     "linear_cpu.cpp": [],
@@ -49,7 +54,7 @@ CPU_SOURCES = {  # with the flags of their instruction set, which the library as
     "patchify_vbmi.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vnni"],
 }
 X86_ONLY = {
-    *(f"{name}_cpu_{isa}.cpp" for name in ("row", "decode", "linear") for isa in ("avx2", "avx512")),
+    *(f"{name}_cpu_{isa}.cpp" for name in ("row", "decode", "linear", "attention") for isa in ("avx2", "avx512")),
     *("patchify_avx2.cpp", "patchify_vbmi.cpp"),
 }
 GENCODE = [

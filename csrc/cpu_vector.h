@@ -75,6 +75,7 @@ struct Float {
   }
   static inline void store(Raw* x, Vec<T> v) { memcpy(x, &v, sizeof(v)); }
   static inline T scalar(Raw x) { return x; }
+  static inline Raw raw(T x) { return x; }
 };
 
 struct Double {
@@ -87,6 +88,7 @@ struct Double {
   }
   static inline void store(Raw* x, Vec<T> v) { memcpy(x, &v, sizeof(v)); }
   static inline T scalar(Raw x) { return x; }
+  static inline Raw raw(T x) { return x; }
 };
 
 struct BFloat16 {
@@ -110,6 +112,11 @@ struct BFloat16 {
     T f;
     memcpy(&f, &bits, sizeof(f));
     return f;
+  }
+  static inline Raw raw(T x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return x != x ? 0x7fc0 : static_cast<Raw>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 };
 

@@ -1,8 +1,6 @@
 // Body of the CPU decode kernels, compiled once per instruction set as row_cpu_kernels.h is.
 //
-// Query vectors stand in lanes (cpu_lanes.h), and the softmax goes over keys in every lane by itself.
 #include <cmath>
-#include <limits>
 
 #include "cpu_lanes.h"
 #include "decode_cpu.h"
@@ -13,26 +11,6 @@ namespace VRLT_ISA {
 using namespace vrlt_cpu::VRLT_ISA;
 
 constexpr int64_t BLOCK = 64;  // keys whose scores exist at a time
-
-// out[c][lane] += sum_j p[j][lane] v[j][c] of N components.
-template <typename S, int V, int N>
-static inline void add_values(
-    const typename S::T* p, const typename S::Raw* values, int64_t stride, int64_t keys, typename S::T* out) {
-  using T = typename S::T;
-  Vec<T> sum[N][V];
-  for (int c = 0; c < N; ++c)
-    for (int v = 0; v < V; ++v) sum[c][v] = load<T>(out + (c * V + v) * W<T>);
-  for (int64_t j = 0; j < keys; ++j) {
-    Vec<T> x[V];
-    for (int v = 0; v < V; ++v) x[v] = load<T>(p + (j * V + v) * W<T>);
-    for (int c = 0; c < N; ++c) {
-      const T y = S::scalar(values[j * stride + c]);
-      for (int v = 0; v < V; ++v) sum[c][v] += x[v] * y;
-    }
-  }
-  for (int c = 0; c < N; ++c)
-    for (int v = 0; v < V; ++v) store<T>(out + (c * V + v) * W<T>, sum[c][v]);
-}
 
 // V vectors of query vectors over the keys of a unit.
 template <typename S, int V>
@@ -55,39 +33,9 @@ struct Tile {
   }
 
   void block(const typename S::Raw* keys, const typename S::Raw* values, const Span& span, int64_t n, int64_t dim) {
-    constexpr int N = unrolled(V);
-    int64_t j = 0;
-    for (; j + N <= n; j += N)
-      dot_rows<S, V, N>(query, keys + j * span.key_stride, span.key_stride, dim, scores + j * LANES);
-    for (; j < n; ++j)
-      dot_rows<S, V, 1>(query, keys + j * span.key_stride, span.key_stride, dim, scores + j * LANES);
-    Vec<T> factor[V];
-    for (int v = 0; v < V; ++v) {
-      Vec<T> top = max[v];
-      for (j = 0; j < n; ++j) {
-        const Vec<T> s = load<T>(scores + j * LANES + v * W<T>);
-        top = s > top ? s : top;
-      }
-      // Keys of score -inf weigh nothing, also where there are no others yet.
-      const Vec<T> base = top == broadcast<T>(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : top;
-      factor[v] = exp_vec<T>(clamp_vec<T>(max[v] - base));
-      max[v] = top;
-      sum[v] *= factor[v];
-      for (j = 0; j < n; ++j) {
-        T* at = scores + j * LANES + v * W<T>;
-        const Vec<T> e = exp_vec<T>(clamp_vec<T>(load<T>(at) - base));
-        sum[v] += e;
-        store<T>(at, e);
-      }
-    }
-    for (int64_t c = 0; c < dim; ++c)
-      for (int v = 0; v < V; ++v) {
-        T* at = out + c * LANES + v * W<T>;
-        store<T>(at, load<T>(at) * factor[v]);
-      }
-    int64_t c = 0;
-    for (; c + N <= dim; c += N) add_values<S, V, N>(scores, values + c, span.value_stride, n, out + c * LANES);
-    for (; c < dim; ++c) add_values<S, V, 1>(scores, values + c, span.value_stride, n, out + c * LANES);
+    dot_all<S, V>(query, keys, span.key_stride, n, dim, scores);
+    soften<T, V>(scores, n, max, sum, out, dim);
+    add_values_all<S, V>(scores, values, span.value_stride, n, dim, out);
   }
 
   void run(const Queries& queries, const Unit& unit, const Shape& shape, const Parts& parts, int64_t first) {

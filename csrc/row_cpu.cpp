@@ -1,21 +1,11 @@
-// Chooses, once, among the instruction sets that the build contains and the machine has.
+// Which instruction set the machine has, and the row kernels of it.
 #include "row_cpu.h"
 
 #include <initializer_list>
 
-namespace vrlt_cpu {
+#include "cpu_dispatch.h"
 
-namespace generic {
-extern const RowFunctions* const functions;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RowFunctions* const functions;
-}
-namespace avx512 {
-extern const RowFunctions* const functions;
-}
-#endif
+namespace vrlt_cpu {
 
 bool supports(Isa isa) {
 #if defined(__x86_64__)
@@ -34,19 +24,8 @@ Isa best_isa() {
   return Isa::generic;
 }
 
-const RowFunctions* functions_for(DType dtype, Isa isa) {
-  if (!supports(isa)) return nullptr;
-  const RowFunctions* tables = generic::functions;
-#if defined(__x86_64__)
-  if (isa == Isa::avx2) tables = avx2::functions;
-  if (isa == Isa::avx512) tables = avx512::functions;
-#endif
-  return tables + static_cast<int>(dtype);
-}
+VRLT_DISPATCH(RowFunctions)
 
-const RowFunctions& row_functions(DType dtype) {
-  static const Isa isa = best_isa();
-  return *functions_for(dtype, isa);
-}
+const RowFunctions& row_functions(DType dtype) { return functions(dtype); }
 
 }  // namespace vrlt_cpu

@@ -57,8 +57,8 @@ def use_backend(backend: Optional[Backend]) -> Iterator[None]:
 def choose(op: str, tensor: torch.Tensor, *, has: Sequence[Backend] = ("triton", "native", "reference")) -> Backend:
     """The backend for operator ``op``, which has the backends ``has``, on the device and dtype of ``tensor``.
 
-    Without a forced one: torch's flash attention where the operator is built on it; else Triton on CUDA, the compiled
-    one on the CPU, else the reference.
+    Without a forced one: the compiled one on the CPU; else torch's flash attention where the operator is built on it,
+    and Triton on CUDA; else the reference.
 
     Raises:
         KernelInputError: the forced backend can't run here, with the reason.
@@ -71,11 +71,14 @@ def choose(op: str, tensor: torch.Tensor, *, has: Sequence[Backend] = ("triton",
         if reason:
             raise bad("backend", f"{forced!r} for {op} ({describe(tensor)})", f"another one: {reason}")
         return _say(op, forced, "as asked")
-    fast: Backend = "flash" if "flash" in has else "native" if tensor.device.type == "cpu" else "triton"
-    if fast not in has:
-        return _say(op, "reference", f"{op} has no {fast} backend")
-    reason = _obstacle(fast, tensor)
-    return _say(op, "reference", f"not {fast}: {reason}") if reason else _say(op, fast, "")
+    order: Tuple[Backend, ...] = ("native", "flash") if tensor.device.type == "cpu" else ("flash", "triton")
+    reasons = {backend: _obstacle(backend, tensor) for backend in order if backend in has}
+    why = "; ".join(f"not {backend}: {reason}" for backend, reason in reasons.items() if reason)
+    for backend, reason in reasons.items():
+        if not reason:
+            return _say(op, backend, why)
+    usual = "native" if tensor.device.type == "cpu" else "triton"
+    return _say(op, "reference", why or f"{op} has no {usual} backend")
 
 
 def report() -> Dict[str, str]:

@@ -15,9 +15,10 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 
+from . import _native
 from . import group_attention_flash as flash
 from ._checks import FLOATS, bad, compute_dtype, describe, tensor
-from ._launch import choose, no_double_backward, no_forward_mode
+from ._launch import Backend, choose, no_double_backward, no_forward_mode
 from ._ops import add_op_namespace_prefix as op
 from .group_spans import GroupSpans
 
@@ -39,6 +40,11 @@ def _spans(prefix: List[int], counts: List[int], lengths: List[int]) -> GroupSpa
 _last: List[GroupSpans] = []
 
 
+def _backend(op: str, query: torch.Tensor) -> Backend:
+    compiled = query.device.type == "cpu" and 0 < query.shape[2] <= _native.MAX_DIM
+    return choose(op, query, has=("native", "flash", "reference") if compiled else ("flash", "reference"))
+
+
 @torch.library.custom_op(op("group_attention_fwd"), mutates_args=())
 def group_attention_fwd(
     query: torch.Tensor,
@@ -50,6 +56,9 @@ def group_attention_fwd(
     scale: float,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """out [N, Hq, d] and lse [N, Hq]."""
+    if _backend("group_attention", query) == "native":
+        out, lse = torch.ops.vrlt_native.group_attention(query, key, value, prefix, counts, lengths, scale)
+        return out, lse
     return flash.forward(flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale))
 
 
@@ -72,6 +81,12 @@ def group_attention_bwd(
     scale: float,
 ) -> Three:
     """Gradients of query, key and value."""
+    if _backend("group_attention", query) == "native":
+        grad = grad if grad.stride(2) == 1 else grad.contiguous()  # as that of a sum, which is expanded
+        dq, dk, dv = torch.ops.vrlt_native.group_attention_backward(
+            grad, query, key, value, out, lse, prefix, counts, lengths, scale
+        )
+        return dq, dk, dv
     x = flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale)
     return flash.backward(grad, x, out, lse)
 
@@ -127,7 +142,7 @@ def group_attention(
     _check(query, key, value, spans)
     no_forward_mode("group_attention", query, key, value)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    if not spans.tokens or choose("group_attention", query, has=("flash", "reference")) == "reference":
+    if not spans.tokens or _backend("group_attention", query) == "reference":
         return group_attention_ref(query, key, value, spans, scale)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     counts, lengths = [len(group) for group in spans.rows], [n for group in spans.rows for n in group]
@@ -162,6 +177,9 @@ def _chunk(
     past_value: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
+    if _backend("chunk_attention", query) == "native":
+        out: torch.Tensor = torch.ops.vrlt_native.chunk_attention(query, key, value, past_key, past_value, scale)
+        return out
     return flash.chunk(query, key, value, past_key, past_value, scale)
 
 
@@ -199,7 +217,7 @@ def chunk_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in everything):
         raise bad("query", "tensors that require gradients", "torch.no_grad(): it has no backward pass")
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    if choose("chunk_attention", query, has=("flash", "reference")) == "reference":
+    if _backend("chunk_attention", query) == "reference":
         return chunk_attention_ref(*everything, scale)
     out: torch.Tensor = _chunk(*(x if x.stride(2) == 1 else x.contiguous() for x in everything), scale)
     return out

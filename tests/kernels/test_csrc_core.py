@@ -48,25 +48,29 @@ def test_cuda_kernels_on_the_host(tmp_path, seed):
 
 
 @compiler
-def test_cpu_kernels_of_every_instruction_set(tmp_path, seed):
+@pytest.mark.parametrize("kernels", ["row", "attention"])
+def test_cpu_kernels_of_every_instruction_set(kernels, tmp_path, seed):
     x86 = platform.machine() in ("x86_64", "AMD64")
     for name, flags in INSTRUCTIONS.items():
-        if x86 or not flags:
-            run(*CXX, *flags, "-c", ROOT / f"csrc/row_cpu_{name}.cpp", cwd=tmp_path)
+        for part in {"row", kernels} if x86 or not flags else ():
+            run(*CXX, *flags, "-c", ROOT / f"csrc/{part}_cpu_{name}.cpp", cwd=tmp_path)
+    for part in {"row", kernels}:
+        run(*CXX, "-c", ROOT / f"csrc/{part}_cpu.cpp", cwd=tmp_path)
     objects = sorted(tmp_path.glob("*.o"))
-    run(*CXX, ROOT / "tests/csrc/row_cpu_test.cpp", ROOT / "csrc/row_cpu.cpp", *objects, "-o", "program", cwd=tmp_path)
+    run(*CXX, ROOT / f"tests/csrc/{kernels}_cpu_test.cpp", *objects, "-o", "program", cwd=tmp_path)
     said = run("./program", str(seed), cwd=tmp_path)
-    assert said.endswith("\nok\n")
-    assert "generic: exp within" in said
+    assert said.endswith("ok\n")
+    assert kernels != "row" or "generic: exp within" in said
 
 
 @compiler
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not x86")
-def test_no_code_for_one_instruction_set_is_shared(tmp_path):
+@pytest.mark.parametrize("kernels", ["row", "decode", "linear", "attention"])
+def test_no_code_for_one_instruction_set_is_shared(kernels, tmp_path):
     """A function that the linker may merge would run with AVX-512 instructions on machines without them."""
     for name, flags in INSTRUCTIONS.items():
-        run(*CXX, "-O3", *flags, "-c", ROOT / f"csrc/row_cpu_{name}.cpp", cwd=tmp_path)
-        for line in run("nm", "--defined-only", f"row_cpu_{name}.o", cwd=tmp_path).splitlines():
+        run(*CXX, "-O3", *flags, "-c", ROOT / f"csrc/{kernels}_cpu_{name}.cpp", cwd=tmp_path)
+        for line in run("nm", "--defined-only", f"{kernels}_cpu_{name}.o", cwd=tmp_path).splitlines():
             kind, symbol = line.split()[-2:]
             assert kind in "bdrt" or name in symbol, line  # local, or named after the set
 

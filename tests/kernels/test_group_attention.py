@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from vrlt_kernels import (
     GroupSpans,
     KernelInputError,
+    _native,
     chunk_attention,
     chunk_attention_ref,
     group_attention,
     group_attention_ref,
+    report,
+    use_backend,
 )
 from vrlt_kernels import group_attention_flash as flash
 from vrlt_kernels.group_attention import group_attention_bwd, group_attention_fwd
@@ -49,16 +52,50 @@ def run(function, inputs, spans, scale=None):
     return out, torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True)
 
 
+compiled = pytest.mark.skipif(not _native.available(), reason=_native.reason())
+BACKENDS = [pytest.param("native", marks=compiled), "flash"]
+
+
 @pytest.mark.parametrize("spans", CASES, ids=str)
 @pytest.mark.parametrize("heads", HEADS)
-def test_equals_the_reference(spans, heads, seed):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_reference(spans, heads, backend, seed):
     inputs = tensors(spans, heads, 16, seed)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    out, grads = run(group_attention, inputs, spans, 0.3)
+    with use_backend(backend):
+        out, grads = run(group_attention, inputs, spans, 0.3)
     exact, exact_grads = run(group_attention_ref, doubles, spans, 0.3)
     torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=2e-6)
     for ours, right in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(ours.double(), right, atol=2e-5, rtol=2e-5)
+
+
+@compiled
+def test_pieces_of_a_long_prefix_are_added_up_alike_with_any_threads(seed):
+    """A group so long that its backward pass is cut into pieces, with heads of a width that fills no vectors."""
+    spans = GroupSpans.of([1500, 3], [[40, 7], [2]])
+    inputs = tensors(spans, (4, 2), 61, seed)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(group_attention, inputs, spans))
+    finally:
+        torch.set_num_threads(before)
+    assert report()["group_attention"] == "native"
+    for one, three in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        assert torch.equal(one, three)
+    with use_backend("flash"):
+        out, grads = run(group_attention, inputs, spans)
+    for ours, flashes in zip((results[0][0], *results[0][1]), (out, *grads), strict=True):
+        torch.testing.assert_close(ours, flashes, atol=2e-5, rtol=2e-4)
+
+
+@compiled
+def test_heads_too_wide_for_the_compiled_operator_take_flash(seed):
+    spans = GroupSpans.of([4], [[2]])
+    group_attention(*tensors(spans, (2, 2), 257, seed), spans)
+    assert report()["group_attention"] == "flash"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -206,8 +243,14 @@ def test_a_chunk_sees_its_past(past, heads, seed):
     expected = group_attention(*whole, GroupSpans.of([past + n], [[]]), 0.2)[past:]
     query, key, value = (x[past:] for x in whole)
     pasts = [x[:past] for x in whole[1:]]
-    for function in (chunk_attention, chunk_attention_ref):
-        torch.testing.assert_close(function(query, key, value, *pasts, 0.2), expected, atol=2e-6, rtol=2e-6)
+    with use_backend("flash"):
+        by_flash = chunk_attention(query, key, value, *pasts, 0.2)
+    for found in (
+        chunk_attention(query, key, value, *pasts, 0.2),
+        by_flash,
+        chunk_attention_ref(query, key, value, *pasts, 0.2),
+    ):
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
 def test_a_chunk_with_gradients_or_another_past_is_refused(seed):

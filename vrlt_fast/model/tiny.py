@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<glue>", "</glue>")
+"""Tokens of their own, as ``<think>`` is one for Qwen3."""
+
+# Qwen's rule, but a number is one piece: seconds are what this model says most
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+(?:\.\p{N}+)?"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -56,8 +62,9 @@ def build_tiny(
 ) -> Path:
     """Write a randomly initialised model of about 2 million parameters to ``out``.
 
-    The tokenizer is a byte-level BPE with Qwen's splitting rule, trained on the prompts and answers of ``train_jsonl``.
-    Same seed and data, same bytes.
+    The tokenizer is a byte-level BPE trained on the prompts and answers of ``train_jsonl``, with Qwen's splitting rule
+    but for numbers, and with tags as tokens: fewer tokens a prompt and a response, each of which says more. Same seed
+    and data, same bytes.
 
     Args:
         family: a key of ``vrlt_fast.model.load.MODELS``.
@@ -71,7 +78,7 @@ def build_tiny(
     prompt = PromptConfig(think=True)
     texts = [text for s in samples for text in (user_text(s, prompt), answer_text(s, prompt))]
     texts += [f"<{i / 10:.1f} seconds>" for i in range(100)]
-    texts.append("system\nYou are a helpful assistant.\nuser\nassistant\n")
+    texts += ["system\nYou are a helpful assistant.\nuser\nassistant\n"] * 2  # what stands once is not merged
     tokenizer = _tokenizer(texts, vocab_size)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
 
@@ -155,16 +162,17 @@ def _tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False, min_frequency=2
-    )
-    core.train_from_iterator(texts, trainer)
+    merged = vocab_size - len(SPECIAL_TOKENS) - len(TAGS)
+    trainer = trainers.BpeTrainer(vocab_size=merged, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
+    tags = re.compile("|".join(TAGS))
+    core.train_from_iterator([piece for text in texts for piece in tags.split(text)], trainer)
+    core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -29,6 +29,16 @@ class ModelConfig(_Section):
     """Keep the vision tower and its merger at their loaded weights."""
 
 
+class LoraConfig(_Section):
+    rank: Count = 0
+    """Rank of low-rank adapters beside linear layers of the language model, through the package peft; its other weights
+    are frozen then. 0: none."""
+    alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """An adapter adds alpha / rank times its product; 0: twice the rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the layers with adapters."""
+
+
 class DataConfig(_Section):
     train: str = ""
     """JSONL file of training samples (docs/data.md)."""
@@ -275,6 +285,7 @@ class Config(_Section):
     """The whole tree; the sections are the tables of a TOML file."""
 
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()

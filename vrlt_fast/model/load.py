@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ class VideoLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.module.dtype  # type: ignore[no-any-return]
+
+    def opened(self) -> AbstractContextManager[VideoLM]:
+        """The model, inside a block: one that shares its module with another is itself there only."""
+        return nullcontext(self)
 
 
 def _problem(code: str, what: str, where: str, why: str = "", fix: str = "") -> SetupError:

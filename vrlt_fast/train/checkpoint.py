@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from vrlt_fast.errors import Problem, SetupError
+from vrlt_fast.model.lora import has_lora, merged
 from vrlt_fast.train.manifest import checkpoint_name, latest_checkpoint, prune, publish, verify
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def load_weights_into(folder: Path, model: PreTrainedModel, *, verified: bool = 
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
     wrong = [f"{name} is not in the checkpoint" for name in weights.keys() - stored.keys()]
-    wrong += [f"{name} is not in the model" for name in stored.keys() - weights.keys()]
+    left = stored.keys() - weights.keys()
+    wrong += [f"{name} is not in the model" for name in (left - _stored_weights(model).keys() if left else ())]
     for name in weights.keys() & stored.keys():
         entry, weight = stored[name], weights[name]
         if isinstance(entry, TensorStorageMetadata):
@@ -236,19 +238,25 @@ def _first_of(faults: list[str], shown: int = 5) -> str:
 
 
 def _stored_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's own tensors by their name on disk: the names of the released checkpoints, tied weights once."""
+    """The model's tensors by their name on disk: the names of the released checkpoints, tied weights once, adapters
+    merged.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     unique: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         unique.setdefault(tensor.data_ptr() or -len(unique) - 1, (name, tensor))
-    weights: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(unique.values()))
+    plain = merged(dict(unique.values()), model)
+    weights: dict[str, torch.Tensor] = revert_weight_conversion(model, plain)
     return weights
 
 
 def _fillable_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Those of the stored weights that a checkpoint sets: none under adapters, which are as they were loaded."""
     weights = _stored_weights(model)
     own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    if has_lora(model):
+        return {name: weight for name, weight in weights.items() if weight.data_ptr() in own}
     if any(weight.data_ptr() not in own for weight in weights.values()):
         what = f"weights of {type(model).__name__} are stored in another layout than they are used"
         raise SetupError(Problem("VRLT-M02", what, fix="open the checkpoint with from_pretrained"))

@@ -26,6 +26,7 @@ from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoE
 from vrlt_fast.evals.run import data_root, pick_samples, read_split
 from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
+from vrlt_fast.model.lora import check_lora
 from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
 from vrlt_fast.rollout.vllm import check_vllm
@@ -76,6 +77,7 @@ def read_inputs(config: Config) -> Inputs:
     info = inspect_model(config.model.name)
     pick_device(config.model.device)
     check_writers(config.log.to)
+    check_lora(config.lora, config.rollout.engine)
     if config.rollout.engine == "vllm":
         check_vllm(info.family)
     train = read_split(config, "train")
@@ -274,7 +276,7 @@ def open_run_folder(config: Config) -> Path:
 def versions(config: Config) -> dict[str, str]:
     """Versions and machine, for versions.json."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "device": _device_name(config)}
-    for name in ("vrlt-fast", "torch", "triton", "transformers", "safetensors", "av"):
+    for name in ("vrlt-fast", "torch", "triton", "transformers", "peft", "safetensors", "av"):
         try:
             found[name.replace("-", "_")] = version(name)
         except PackageNotFoundError:

@@ -71,10 +71,10 @@ def grpo_backward(
         begin = perf_counter()
         ref_logp = None
         if reference is not None and grpo.beta > 0:
-            with torch.no_grad():
+            with torch.no_grad(), reference.opened() as frozen:
                 same_tower = not vision.requires_grad
-                ref_vision = vision if same_tower else shared_vision(reference, prompts)
-                ref_logp, _ = _logprobs(reference, chunk, layout, ref_vision, temperature, prefix)
+                ref_vision = vision if same_tower else shared_vision(frozen, prompts)
+                ref_logp, _ = _logprobs(frozen, chunk, layout, ref_vision, temperature, prefix)
         stats.reference_seconds += perf_counter() - begin
         logp, entropy = _logprobs(lm, chunk, layout, vision, temperature, prefix)
         stats.mismatch.add(torch.cat([s.group.completions[i].logprobs for s in chunk for i in s.trained]), logp)

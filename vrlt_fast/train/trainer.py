@@ -21,6 +21,7 @@ from vrlt_fast.evals.run import data_root, evaluate
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import from_config
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
+from vrlt_fast.model.lora import AdapterReference, adapter_tensors, add_lora, load_adapters, saved_adapters
 from vrlt_fast.model.vision import is_frozen
 from vrlt_fast.report.console import Console
 from vrlt_fast.report.html import write_report
@@ -70,6 +71,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         console.warn(f"will be left out: {problem}")
     torch.manual_seed(config.train.seed)
     lm = load_model(config.model, inputs.info)  # before there is a run folder: weights that don't fit leave none
+    if config.lora.rank:
+        add_lora(lm, config.lora)
     run_dir = open_run_folder(config) if resume else create_run_folder(config)
     with ExitStack() as stack:
         stack.enter_context(lock_run_folder(run_dir))
@@ -150,6 +153,7 @@ class Trainer:
                 )
             )
         load_weights_into(latest, self.lm.module, verified=True)
+        load_adapters(self.lm.module, loaded.tensors)
         # Also where the checkpoint ends a stage: the next one goes on with the counts and the random state.
         self.feed.load(loaded.state["feed"])
         self.guard.in_a_row = int(loaded.state.get("bad_steps", 0))
@@ -214,15 +218,19 @@ class Trainer:
         return GrpoStage(config, self.lm, reference, self.feed, stream, optimizer, **more)
 
     def _reference(self) -> VideoLM | None:
-        """The frozen policy from which GRPO started: the end of the stage before, or the model folder."""
+        """The frozen policy from which GRPO started: the end of the stage before, or the model folder. Where adapters
+        alone are trained it shares the model's other weights.
+        """
         if self.config.grpo.beta == 0:
             return None
-        reference = load_model(self.config.model, self.inputs.info)
         before = self.config.train.stages.index("grpo") - 1
-        if before >= 0:
-            load_weights_into(
-                self.checkpoints / checkpoint_name(self.config.train.stages[before], None), reference.module
-            )
+        start = self.checkpoints / checkpoint_name(self.config.train.stages[before], None) if before >= 0 else None
+        if self.config.lora.rank and is_frozen(self.lm):
+            adapters = saved_adapters(load_checkpoint(start).tensors) if start else None
+            return AdapterReference(self.lm, adapters)
+        reference = load_model(self.config.model, self.inputs.info)
+        if start:
+            load_weights_into(start, reference.module)
         reference.module.requires_grad_(False)
         reference.module.eval()
         return reference
@@ -253,7 +261,12 @@ class Trainer:
             self.checkpoints / checkpoint_name(name, None if final else step),
             model=self.lm.module,
             tokenizer_files=Path(self.inputs.info.path),
-            tensors={**optimizer_tensors(optimizer, optimizer.masters), **optimizer.copies(), **rng_tensors()},
+            tensors={
+                **optimizer_tensors(optimizer, optimizer.masters),
+                **optimizer.copies(),
+                **adapter_tensors(self.lm.module),
+                **rng_tensors(),
+            },
             state=state,
         )
         prune(self.checkpoints, name, self.config.checkpoint.keep)

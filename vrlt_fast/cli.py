@@ -76,6 +76,10 @@ def _train(command: Command) -> int:
     config = _config(command.flags.files, command.overrides, "train")
     if command.flags.resume and command.flags.dry_run:
         raise ConfigError(Problem("VRLT-C04", "--resume and --dry-run exclude each other", fix="leave one out"))
+    from vrlt_fast.parallel.launch import launch, started
+
+    if config.parallel.replicas > 1 and not command.flags.dry_run and not started():
+        return launch(command.words, config.parallel.replicas)
     from vrlt_fast.train.trainer import dry_run, train
 
     if command.flags.dry_run:
@@ -211,6 +215,15 @@ def _report(command: Command) -> int:
     return 0
 
 
+def _export(command: Command) -> int:
+    from vrlt_fast.train.export import export
+
+    flags = command.flags
+    checkpoint = export(Path(flags.source), Path(flags.out), adapter=flags.adapter)
+    sys.stdout.write(f"{flags.out}: {checkpoint}\n")
+    return 0
+
+
 def _doctor(command: Command) -> int:
     from vrlt_fast import doctor
 
@@ -270,6 +283,7 @@ _COMMANDS: dict[str, Callable[[Command], int]] = {
     "data demo": _data_demo,
     "data check": _data_check,
     "report": _report,
+    "export": _export,
     "doctor": _doctor,
     "bench": _bench,
     "recipe ls": _recipe_ls,

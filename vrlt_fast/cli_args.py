@@ -18,11 +18,12 @@ _OVERRIDES = "--section.key VALUE overrides a key of the configuration (docs/con
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command line. ``overrides`` maps dotted keys to their text."""
+    """A parsed command line. ``overrides`` maps dotted keys to their text; ``words`` are all as they were given."""
 
     verb: str
     flags: argparse.Namespace
     overrides: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +67,12 @@ def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder")
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CHECKPOINT|RUN", help="of a run: its newest checkpoint")
+    parser.add_argument("out", metavar="OUT", help="new folder, an HF model")
+    parser.add_argument("--adapter", action="store_true", help="also OUT/adapter, for peft")
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
 
@@ -89,6 +96,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "data demo": ("make the demo data set and its tiny model", _data_demo),
     "data check": ("check a file of samples", _data_check),
     "report": ("write RUN/report.html again", _report),
+    "export": ("copy a checkpoint's model, for others", _export),
     "doctor": ("say what is installed and which paths are active", _doctor),
     "bench": ("measure, or list what was measured; as python -m bench in the sources", _nothing),
     "recipe ls": ("list the recipes", _nothing),
@@ -136,7 +144,7 @@ def parse(argv: Sequence[str]) -> Command:
         raise ConfigError(
             Problem("VRLT-C01", f'unexpected argument "{extra[0]}"', parser.prog, fix=parser.prog + " -h")
         )
-    return Command(verb, flags, overrides)
+    return Command(verb, flags, overrides, tuple(argv))
 
 
 def _verb(argv: list[str]) -> tuple[str, list[str]]:

@@ -221,6 +221,12 @@ class GrpoConfig(_Section):
     """Responses that reached max_new_tokens: trained like others, or left out of the loss (DAPO's over-long filter)."""
 
 
+class ParallelConfig(_Section):
+    replicas: Positive = 1
+    """Processes with the same weights on this machine, each with its share of a step's prompts, and a GPU each where
+    there are some. Their number changes rounding alone."""
+
+
 class OptimConfig(_Section):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas."""
@@ -296,6 +302,7 @@ class Config(_Section):
     reward: RewardConfig = RewardConfig()
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
     "VRLT-S03": "logits of a rollout not finite",
+    "VRLT-S04": "another process of the run has ended",
 }
 
 _EXIT = {"C": 2, "D": 3, "V": 3, "M": 4, "R": 4, "K": 4, "E": 4, "S": 75}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vrlt_fast.cli import main
 from vrlt_fast.config import LoraConfig, ModelConfig
 from vrlt_fast.errors import SetupError
 from vrlt_fast.model.language import target_logprobs
@@ -137,3 +138,36 @@ def test_what_has_no_adapters_is_named(lm, make_config):
         add_lora(lm, LoraConfig(rank=2, targets=("qkv",)))
     with pytest.raises(SetupError, match="whole weights"):
         train(make_config(lora={"rank": 2}, rollout={"engine": "vllm"}), console=Console(file=io.StringIO()))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_export_opens_in_transformers_and_peft(make_config, tiny_folder, tmp_path, prompts, capsys):
+    from peft import PeftModel
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
+    lora = {"rank": 2, "alpha": 3.0}
+    how = {"lora": lora, "model": {"freeze_vision": True}, "data": {"eval": ""}, "sft": {"steps": 2, "lr": 1e-1}}
+    run = train(make_config(**how, grpo={"steps": 0}, eval={"start": False}), console=Console(file=io.StringIO()))
+    assert main(["export", str(run), str(tmp_path / "out"), "--adapter"]) == 0
+    assert "grpo-final" in capsys.readouterr().out
+    assert not {"trainer", "trainer_state.json", "COMMIT.json"} & {p.name for p in (tmp_path / "out").iterdir()}
+    ids = prompts[0].ids[None]
+    with torch.no_grad():
+        base = Model.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+        before = base(input_ids=ids).logits
+        whole = Model.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()(input_ids=ids).logits
+    assert float((whole - before).abs().max()) > 1e-2
+    torch.testing.assert_close(whole, adapted, atol=1e-4, rtol=1e-4)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 4
+    assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 4
+    said = capsys.readouterr().err
+    assert "VRLT-R01" in said
+    assert "VRLT-K02" in said
+    plain = train(
+        make_config(data={"eval": ""}, train={"out": str(tmp_path / "plain")}, grpo={"steps": 0}),
+        console=Console(file=io.StringIO()),
+    )
+    assert main(["export", str(plain), str(tmp_path / "third"), "--adapter"]) == 4
+    assert "no adapters" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()

@@ -18,6 +18,7 @@ from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM, inspect_model, load_model
 from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
@@ -64,6 +65,7 @@ def evaluate(
     alter: Callable[[Clip], Clip] | None = None,
     progress: Callable[[int], None] | None = None,
     cache: EmbeddingCache | None = None,
+    replicas: Replicas | None = None,
 ) -> Evaluation:
     """Answer every question greedily and ``eval.responses`` times sampled.
 
@@ -73,41 +75,47 @@ def evaluate(
         alter: changes each clip first, videos and images, for example to grey pictures.
         progress: called with the number of questions done since the last call.
         cache: embeddings of a frozen tower.
+        replicas: each process answers its share, and all get the whole evaluation.
     """
+    replicas = replicas or Replicas()
     temps = list(temperatures or [config.eval.temperature])
     names = ["sampled", *(f"sampled@{t}" for t in temps[1:])]
     failed: list[VrltError] = []
-    done: dict[str, list[list[Scored]]] = {name: [] for name in ["greedy", *names]}
-    kept: list[Sample] = []
+    own: list[tuple[int, list[list[Scored]]]] = []
     engine = GroupEngine(lm, config.rollout, cache)
-    loader.expect(root / sample.video for sample in samples)
-    for prompts in _batches(lm, samples, loader, config, root=root, alter=alter, failed=failed):
-        first = len(kept)
-        kept += [p.sample for p in prompts]
-        for name, answers in zip(done, _answers(engine, prompts, config, [0.0, *temps], first=first), strict=True):
-            done[name] += answers
+    share = replicas.share(list(enumerate(samples)))
+    loader.expect(root / sample.video for _, sample in share)
+    for places, prompts in _batches(lm, share, loader, config, root=root, alter=alter, failed=failed):
+        by_temperature = _answers(engine, prompts, config, [0.0, *temps], places=places)
+        own += zip(places, map(list, zip(*by_temperature, strict=True)), strict=True)
         if progress:
             progress(len(prompts))
-    metrics = {name: summarise([s for group in groups for s in group]) for name, groups in done.items() if any(groups)}
-    return Evaluation(
-        metrics, [_row(s, g, t) for s, g, t in zip(kept, done["greedy"], done["sampled"], strict=True)], failed
-    )
+    told = replicas.gather((own, [e.problems for e in failed])) if replicas.world > 1 else [(own, [])]
+    kept = sorted((answered for part, _ in told for answered in part), key=lambda answered: answered[0])
+    others = [DataError(p) for rank, (_, lost) in enumerate(told) if rank != replicas.rank for p in lost]
+    metrics: dict[str, Metrics] = {}
+    for i, name in enumerate(["greedy", *names]):
+        flat = [scored for _, answers in kept for scored in answers[i]]
+        metrics |= {name: summarise(flat)} if flat else {}
+    rows = [_row(samples[place], answers[0], answers[1]) for place, answers in kept]
+    return Evaluation(metrics, rows, [*failed, *others])
 
 
 def _batches(
     lm: VideoLM,
-    samples: Sequence[Sample],
+    samples: Sequence[tuple[int, Sample]],
     loader: Clips,
     config: Config,
     *,
     root: Path,
     alter: Callable[[Clip], Clip] | None,
     failed: list[VrltError],
-) -> Iterator[list[Prompt]]:
+) -> Iterator[tuple[list[int], list[Prompt]]]:
+    """Prompts with the places of their samples."""
     loads = ImageLoader(config.video, lm.info.geometry).load
     for start in range(0, len(samples), config.eval.prompts):
-        prompts = []
-        for sample in samples[start : start + config.eval.prompts]:
+        places, prompts = [], []
+        for place, sample in samples[start : start + config.eval.prompts]:
             try:
                 clip = loader.load(resolve_video(sample, root))
                 images = [loads(path) for path in resolve_images(sample, root) if config.prompt.images]
@@ -115,24 +123,30 @@ def _batches(
                     clip, images = alter(clip), [alter(image) for image in images]
                 reserve = config.rollout.max_new_tokens
                 prompts.append(encode_prompt(lm.info, sample, clip, config.prompt, images=images, reserve=reserve))
+                places.append(place)
             except DataError as error:
                 failed.append(error)
         if prompts:
-            yield prompts
+            yield places, prompts
 
 
 def _answers(
-    engine: GroupEngine, prompts: Sequence[Prompt], config: Config, temperatures: Sequence[float], *, first: int
+    engine: GroupEngine,
+    prompts: Sequence[Prompt],
+    config: Config,
+    temperatures: Sequence[float],
+    *,
+    places: Sequence[int],
 ) -> list[list[list[Scored]]]:
     """By temperature and prompt: one greedy answer at temperature 0, ``eval.responses`` at others. One rollout, so that
     all answers to a prompt share its prefill.
     """
-    base = config.train.seed * 1_000_003 + first
+    base = config.train.seed * 1_000_003
     requests = []
     for temperature in temperatures:
         sampling = Sampling(config.rollout.max_new_tokens, temperature)
         n = config.eval.responses if temperature else 1
-        requests += [RolloutRequest(p, n, sampling, seed=base + i) for i, p in enumerate(prompts) if n]
+        requests += [RolloutRequest(p, n, sampling, seed=base + i) for i, p in zip(places, prompts, strict=True) if n]
     groups = iter(engine.generate(requests)[0])
     return [
         [_scored(next(groups), config) if config.eval.responses or not temperature else [] for _ in prompts]

@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from vrlt_fast.config import LoraConfig
 from vrlt_fast.errors import Problem, SetupError
@@ -41,24 +43,38 @@ def add_lora(lm: VideoLM, lora: LoraConfig) -> None:
     Raises:
         SetupError: C04 no layer has any of these names.
     """
-    from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     text = lm.module.model.language_model
     text.requires_grad_(False)
     lm.module.lm_head.requires_grad_(False)
-    names = "|".join(map(re.escape, lora.targets))
-    config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,  # type: ignore[arg-type]  # it divides, and takes what divides
-        target_modules=rf"model\.language_model\..*\.({names})",
-    )
     try:
-        inject_adapter_in_model(config, lm.module, adapter_name=TRAINED)
+        inject_adapter_in_model(_peft(lora), lm.module, adapter_name=TRAINED)
     except ValueError as error:
         fix = "name linear layers of the language model, such as q_proj"
         problem = Problem("VRLT-C04", "no layer has any of these names", "lora.targets", str(error)[:200], fix)
         raise SetupError(problem) from None
+
+
+def _peft(lora: LoraConfig, base: str | None = None) -> Any:
+    from peft import LoraConfig as PeftConfig
+
+    names = "|".join(map(re.escape, lora.targets))
+    return PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,  # type: ignore[arg-type]  # it divides, and takes what divides
+        target_modules=rf"model\.language_model\..*\.({names})",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+
+
+def write_adapter(folder: Path, weights: Mapping[str, torch.Tensor], lora: LoraConfig, base: str) -> None:
+    """Write adapters, by name as :func:`adapter_weights`, as peft's ``PeftModel.from_pretrained`` opens them."""
+    folder.mkdir()
+    _peft(lora, base).save_pretrained(folder)
+    named = {f"base_model.model.{name.replace(f'.{TRAINED}.', '.')}": w.contiguous() for name, w in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def has_lora(module: Any) -> bool:

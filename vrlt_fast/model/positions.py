@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+Array = npt.NDArray[np.int64]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 Grid = tuple[int, int, int]
@@ -59,55 +62,60 @@ def mrope_positions(
     return _walk(ids, visual, merge)
 
 
-def _walk(
-    ids: torch.Tensor, visual: dict[int, Iterator[tuple[Grid, torch.Tensor]]], merge: int
-) -> tuple[torch.Tensor, int]:
+def _walk(ids: torch.Tensor, visual: dict[int, Iterator[tuple[Grid, Array]]], merge: int) -> tuple[torch.Tensor, int]:
     """Runs of text advance by one on all axes, runs of visual tokens take the next grid of their kind."""
-    pieces: list[torch.Tensor] = []
-    start, cursor = 0, 0
-    while cursor < len(ids):
-        token = int(ids[cursor])
-        if token in visual:
+    tokens = ids.numpy()
+    out = np.empty((3, len(tokens)), dtype=np.int64)
+    places = np.flatnonzero(np.isin(tokens, list(visual)))
+    start, cursor, seen = 0, 0, 0
+    while cursor < len(tokens):
+        if seen < len(places) and places[seen] == cursor:
+            token = int(tokens[cursor])
             block = next(visual[token], None)
             if block is None:
                 raise ValueError(f"more runs of visual token {token} than grids")
-            piece = _grid_positions(block, merge) + start
-            if not bool((ids[cursor : cursor + piece.shape[1]] == token).all()):
+            piece = _grid_positions(block, merge)
+            end = cursor + piece.shape[1]
+            if not (tokens[cursor:end] == token).all():
                 raise ValueError(f"run of visual token {token} at {cursor} is shorter than its grid {block[0]}")
-            if cursor + piece.shape[1] > len(ids):
+            if end > len(tokens):
                 raise ValueError(f"prompt ends inside the visual tokens of grid {block[0]}")
-            start = int(piece.max()) + 1
+            out[:, cursor:end] = piece + start
+            start += int(piece.max()) + 1
+            seen += piece.shape[1]
         else:
-            end = cursor
-            while end < len(ids) and int(ids[end]) not in visual:
-                end += 1
-            piece = torch.arange(end - cursor).expand(3, -1) + start
+            end = int(places[seen]) if seen < len(places) else len(tokens)
+            out[:, cursor:end] = np.arange(start, start + end - cursor)
             start += end - cursor
-        pieces.append(piece)
-        cursor += piece.shape[1]
+        cursor = end
     for token, blocks in visual.items():
         if next(blocks, None) is not None:
             raise ValueError(f"more grids than runs of visual token {token}")
-    return (torch.cat(pieces, dim=1) if pieces else torch.zeros(3, 0, dtype=torch.int64)), start
+    return torch.from_numpy(out), start
 
 
 def _blocks(
     grids: Sequence[Grid], seconds: Sequence[float], family: str, tokens_per_second: float
-) -> Iterator[tuple[Grid, torch.Tensor]]:
+) -> Iterator[tuple[Grid, Array]]:
     """The runs of visual tokens: their grid and the temporal position of each temporal grid, from 0."""
     for (t, h, w), interval in zip(grids, seconds, strict=True):
         if family == "qwen3_vl":
-            yield from (((1, h, w), torch.zeros(1, dtype=torch.int64)) for _ in range(t))
+            yield from (((1, h, w), np.zeros(1, dtype=np.int64)) for _ in range(t))
         elif family == "qwen2_5_vl":
-            steps = torch.arange(t) * torch.tensor(interval, dtype=torch.float32) * tokens_per_second
-            yield (t, h, w), steps.long()
+            # in fp32, as it was released: where a product lies next to a whole number, rounding decides
+            steps = np.arange(t, dtype=np.float32) * np.float32(interval) * np.float32(tokens_per_second)
+            yield (t, h, w), steps.astype(np.int64)
         else:
-            yield (t, h, w), torch.arange(t)
+            yield (t, h, w), np.arange(t)
 
 
-def _grid_positions(block: tuple[Grid, torch.Tensor], merge: int) -> torch.Tensor:
+def _grid_positions(block: tuple[Grid, Array], merge: int) -> Array:
     (t, h, w), temporal = block
     if h % merge or w % merge:
         raise ValueError(f"grid {(t, h, w)} is not a multiple of the merge size {merge}")
-    axes = torch.meshgrid(temporal, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
-    return torch.stack(axes).reshape(3, -1)
+    rows, columns = h // merge, w // merge
+    out = np.empty((3, t, rows, columns), dtype=np.int64)
+    out[0] = temporal[:, None, None]
+    out[1] = np.arange(rows)[:, None]
+    out[2] = np.arange(columns)
+    return out.reshape(3, -1)

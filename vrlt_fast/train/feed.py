@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.readers import resolve_images, resolve_video
@@ -13,6 +14,7 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips
@@ -28,6 +30,7 @@ class Feed:
 
     Args:
         warn: called with one line for each failure.
+        replicas: of every batch this process takes its share.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class Feed:
         *,
         root: Path,
         warn: Callable[[str], None],
+        replicas: Replicas | None = None,
     ):
         self.samples, self.failed = samples, 0
         self._info, self._loader, self._config, self._root, self._warn = info, loader, config, root, warn
+        self._replicas = replicas or Replicas()
         self._images = ImageLoader(config.video, info.geometry)
         self._outcomes: deque[bool] = deque(maxlen=WINDOW)
         self._followed: BatchStream | None = None
@@ -64,8 +69,8 @@ class Feed:
         Raises:
             DataError: D12 when more than ``data.max_failed_share`` of the last 500 videos failed.
         """
-        self._follow(stream, stream.ahead())
-        return self._prompts(stream.next())
+        self._follow(stream, map(self._replicas.share, stream.ahead()))
+        return self._prompts(self._replicas.share(stream.next()))
 
     def next_videos(self, stream: BatchStream, thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
         """The prompts of all samples about the next videos, with thinking where ``thinks``; raises as :meth:`next`."""
@@ -73,7 +78,7 @@ class Feed:
         return self._prompts(self._questions_about(stream.next()), thinks)
 
     def _questions_about(self, videos: Sequence[int]) -> list[int]:
-        return [index for video in videos for index in self._by_video[video]]
+        return [index for video in self._replicas.share(videos) for index in self._by_video[video]]
 
     def _follow(self, stream: BatchStream, ahead: Iterable[Sequence[int]]) -> None:
         """Tell the loader what comes, once a stream."""
@@ -125,10 +130,14 @@ class Feed:
             )
 
     def state(self) -> dict[str, object]:
-        """For the checkpoint."""
-        return {"failed": self.failed, "outcomes": "".join("01"[ok] for ok in self._outcomes)}
+        """For the checkpoint: what each process has counted."""
+        own = {"failed": self.failed, "outcomes": "".join("01"[ok] for ok in self._outcomes)}
+        return {"replicas": self._replicas.gather(own)}
 
-    def load(self, state: dict[str, object]) -> None:
-        """Inverse of :meth:`state`."""
-        self.failed = int(str(state["failed"]))
-        self._outcomes = deque((c == "1" for c in str(state["outcomes"])), maxlen=WINDOW)
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`. Counts of processes that there aren't any more go to the first."""
+        states, rank = list(state["replicas"]), self._replicas.rank
+        beyond = states[self._replicas.world :] if self._replicas.first else []
+        self.failed = sum(int(s["failed"]) for s in [*states[rank : rank + 1], *beyond])
+        outcomes = "".join(str(s["outcomes"]) for s in [*beyond, *states[rank : rank + 1]])
+        self._outcomes = deque((c == "1" for c in outcomes), maxlen=WINDOW)

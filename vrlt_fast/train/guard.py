@@ -23,10 +23,12 @@ Batch = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 
 
 class Guard:
-    """``folder``: where the batches of bad steps go. ``warn``: called with one line for each."""
+    """``folder``: where the batches of bad steps go. ``warn``: called with one line for each. ``of``: ends the names of
+    its files, where several processes write their shares.
+    """
 
-    def __init__(self, folder: Path, warn: Callable[[str], None]):
-        self._folder, self._warn = folder, warn
+    def __init__(self, folder: Path, warn: Callable[[str], None], of: str = ""):
+        self._folder, self._warn, self._of = folder, warn, of
         self.in_a_row = 0
         """Bad steps up to now, for the checkpoint."""
 
@@ -41,11 +43,11 @@ class Guard:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        name = f"{stage}-{step:06d}"
+        name = f"{stage}-{step:06d}{self._of}"
         tensors, about = batch()
         kept = _within(tensors, MOST_BYTES)
         with storage_errors(self._folder):
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._folder / f"{name}.safetensors", [save(kept)])
         text = {"stage": stage, "step": step, "loss": repr(loss), "grad_norm": repr(norm)}
         left = {"left_out": sorted(tensors.keys() - kept.keys())} if len(kept) < len(tensors) else {}

@@ -34,6 +34,14 @@ class Mismatch:
         self.k3 += float((ratio - 1 - gap).sum())
         self.outside += int(((ratio < LOW) | (ratio > HIGH)).sum())
 
+    def merge(self, other: Mismatch) -> None:
+        """Take another's sums in."""
+        self.tokens += other.tokens
+        self.total += other.total
+        self.most = math.nan if math.isnan(self.most) or math.isnan(other.most) else max(self.most, other.most)
+        self.k3 += other.k3
+        self.outside += other.outside
+
     def record(self) -> dict[str, float]:
         """``mean`` and ``max`` |d|, the k3 estimate ``kl`` of KL(rollout || train), and the share ``outside`` of the
         ratios exp(d) that are not in [0.8, 1.25].

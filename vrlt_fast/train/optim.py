@@ -29,7 +29,7 @@ class MasterAdamW(torch.optim.AdamW):
         matrices = [m for m in self.masters.values() if m.ndim >= 2]
         others = [m for m in self.masters.values() if m.ndim < 2]
         groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        super().__init__([g for g in groups if g["params"]], lr=lr, betas=optim.betas, foreach=True)
+        super().__init__([g for g in groups if g["params"]], lr=lr, betas=optim.betas, fused=True)
 
     def copies(self) -> dict[str, torch.Tensor]:
         """The masters that are not the parameter itself, for the checkpoint."""

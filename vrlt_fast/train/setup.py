@@ -39,7 +39,7 @@ from vrlt_fast.video.sampling import TUBELET, choose, settings_of
 PROBED = 2000
 """Training videos that are opened before the run; `vrlt data check` opens all."""
 RESOLVED = "config.resolved.toml"
-FREE_TO_CHANGE = {"log", "checkpoint", "eval", "embed_cache"}
+FREE_TO_CHANGE = {"log", "checkpoint", "eval", "embed_cache", "parallel"}
 FREE_KEYS = {
     f"video.{key}"
     for key in VideoConfig.model_fields
@@ -59,8 +59,9 @@ class Inputs:
     broken: tuple[Problem, ...]
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Read and check model folder, annotations and videos. Loads no weights, writes nothing.
+def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
+    """Read and check model folder, annotations and, unless another process does that, videos. Loads no weights, writes
+    nothing.
 
     ``broken`` lists probed videos that can't be used, when they are few enough for the run to go on without them.
 
@@ -78,15 +79,27 @@ def read_inputs(config: Config) -> Inputs:
     pick_device(config.model.device)
     check_writers(config.log.to)
     check_lora(config.lora, config.rollout.engine)
+    _check_replicas(config)
     if config.rollout.engine == "vllm":
         check_vllm(info.family)
     train = read_split(config, "train")
     heldout: list[Sample] = []
     if config.data.eval:
         heldout = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
-    broken = _probe(config, info, train, data_root(config, "train"))
-    broken += _probe(config, info, heldout, data_root(config, "eval")) if heldout else []
+    broken = _probe(config, info, train, data_root(config, "train")) if open_videos else []
+    broken += _probe(config, info, heldout, data_root(config, "eval")) if heldout and open_videos else []
     return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken))
+
+
+def _check_replicas(config: Config) -> None:
+    """Raises ConfigError C04 where a process would have nothing to do."""
+    shared = {"sft": ("sft.batch", config.sft.batch), "grpo": ("rollout.prompts", config.rollout.prompts)}
+    for stage in config.train.stages:
+        key, count = shared[stage]
+        if count < config.parallel.replicas:
+            what = f"{config.parallel.replicas} replicas share {key} = {count}"
+            fix = f"raise {key}, or lower parallel.replicas"
+            raise ConfigError(Problem("VRLT-C04", what, "parallel.replicas", "some would have nothing to do", fix))
 
 
 def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Path) -> list[Problem]:

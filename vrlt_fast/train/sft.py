@@ -35,6 +35,18 @@ class SftLoss:
     tokens: int
 
 
+@dataclass(frozen=True)
+class SftSize:
+    """What the losses of a step are means over: tokens of answers and of captions, those of all processes."""
+
+    answers: int
+    captions: int
+
+    @staticmethod
+    def of(answers: Sequence[Sequence[int]], narrations: Sequence[Narration]) -> SftSize:
+        return SftSize(sum(len(a) for a in answers), sum(len(places) for _, places in narrations))
+
+
 Narration = tuple[Prompt, torch.Tensor]
 """A prompt that ends with the clip's captions, and the places int64 [n] of their tokens."""
 
@@ -47,6 +59,8 @@ def sft_backward(
     narrations: Sequence[Narration] = (),
     weight: float = 0.0,
     cache: EmbeddingCache | None = None,
+    *,
+    size: SftSize | None = None,
 ) -> SftLoss:
     """Accumulate the gradient of the mean negative log-likelihood of the answers, and ``weight`` times that of the
     captions.
@@ -55,9 +69,12 @@ def sft_backward(
     them. A caption stands right behind its frame pair: the tower learns from it long before attention finds the pair
     from an answer. Both go through the model in one packed sequence, and a clip goes through the tower once, or not at
     all where the tower is frozen and ``cache`` has it.
+
+    Args:
+        size: of the step, where this is a share of it.
     """
-    total = sum(len(a) for a in answers)
-    captions = sum(len(places) for _, places in narrations)
+    size = size or SftSize.of(answers, narrations)
+    total, captions = size.answers, size.captions
     left = {narration[0].clip.key: narration for narration in narrations}
     if not left.keys() <= {p.clip.key for p in prompts}:
         raise ValueError("a narration has a clip that no prompt has")

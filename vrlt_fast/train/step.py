@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from time import perf_counter
 from typing import Literal
 
@@ -38,6 +38,14 @@ class UpdateStats:
     tokens_logical: int = 0
     reference_seconds: float = 0.0
     mismatch: Mismatch = field(default_factory=Mismatch)
+
+    def add(self, other: UpdateStats) -> None:
+        """Take another share's sums in."""
+        for f in fields(self):
+            if f.name == "mismatch":
+                self.mismatch.merge(other.mismatch)
+            else:
+                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 def grpo_backward(

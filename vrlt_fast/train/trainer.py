@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import signal
@@ -20,9 +21,10 @@ from vrlt_fast.errors import Problem, SetupError, Stopped
 from vrlt_fast.evals.run import data_root, evaluate
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import from_config
-from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
+from vrlt_fast.model.load import VideoLM, enable_recompute, load_model, pick_device
 from vrlt_fast.model.lora import AdapterReference, adapter_tensors, add_lora, load_adapters, saved_adapters
 from vrlt_fast.model.vision import is_frozen
+from vrlt_fast.parallel.replicas import Replicas, join, leave
 from vrlt_fast.report.console import Console
 from vrlt_fast.report.html import write_report
 from vrlt_fast.report.metrics import RunLog, read_jsonl_tolerant, truncate_after
@@ -40,7 +42,7 @@ from vrlt_fast.train.checkpoint import (
 )
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard
-from vrlt_fast.train.optim import make_optimizer
+from vrlt_fast.train.optim import MasterAdamW, make_optimizer
 from vrlt_fast.train.setup import (
     Inputs,
     create_run_folder,
@@ -63,29 +65,46 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         after a
             checkpoint; other codes as they happen. Everything but C, D01-D11, M and R01 can go on with ``resume=True``.
     """
-    console = console or Console()
     config = with_absolute_paths(config)
     _threads_and_determinism(config)
-    inputs = read_inputs(config)
+    replicas = join(pick_device(config.model.device))
+    try:
+        return _train(config, replicas, console or _console(replicas), resume=resume)
+    finally:
+        leave()
+
+
+def _console(replicas: Replicas) -> Console:
+    """The first process prints; the others warn only."""
+    return Console() if replicas.first else Console(io.StringIO())
+
+
+def _train(config: Config, replicas: Replicas, console: Console, *, resume: bool) -> Path:
+    inputs = read_inputs(config, open_videos=replicas.first)
     for problem in inputs.broken:
         console.warn(f"will be left out: {problem}")
     torch.manual_seed(config.train.seed)
     lm = load_model(config.model, inputs.info)  # before there is a run folder: weights that don't fit leave none
     if config.lora.rank:
         add_lora(lm, config.lora)
-    run_dir = open_run_folder(config) if resume else create_run_folder(config)
+    run_dir = Path(config.train.out)
     with ExitStack() as stack:
-        stack.enter_context(lock_run_folder(run_dir))
-        trainer = Trainer(config, inputs, lm, run_dir, console)
+        if replicas.first:
+            run_dir = open_run_folder(config) if resume else create_run_folder(config)
+            stack.enter_context(lock_run_folder(run_dir))
+        replicas.wait()
+        trainer = Trainer(config, inputs, lm, run_dir, console, replicas)
         stack.enter_context(trainer.clips)
         if trainer.embeds is not None:
             stack.enter_context(trainer.embeds)
         if resume:
             trainer.restore()
-        stack.enter_context(trainer.start_log())
+        if replicas.first:
+            stack.enter_context(trainer.start_log())
         stack.enter_context(_signals(trainer.stop))
         trainer.run()
-    console.message(f"report: {write_report(run_dir)}")
+    if replicas.first:
+        console.message(f"report: {write_report(run_dir)}")
     return run_dir
 
 
@@ -101,16 +120,27 @@ def dry_run(config: Config) -> str:
 class Trainer:
     """State of one run: the model, the reference, the data order, the logs."""
 
-    def __init__(self, config: Config, inputs: Inputs, lm: VideoLM, run_dir: Path, console: Console):
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        lm: VideoLM,
+        run_dir: Path,
+        console: Console,
+        replicas: Replicas | None = None,
+    ):
+        self.replicas = replicas or Replicas()
         self.config, self.inputs, self.lm, self.run_dir, self.console = config, inputs, lm, run_dir, console
         self.clips = ClipSource(config.video, inputs.info.geometry, folder=run_dir, device=lm.device, warn=console.warn)
+        root = data_root(config, "train")
         self.feed = Feed(
-            inputs.info, inputs.train, self.clips, config, root=data_root(config, "train"), warn=console.warn
+            inputs.info, inputs.train, self.clips, config, root=root, warn=console.warn, replicas=self.replicas
         )
         if config.train.recompute:
             enable_recompute(lm)
         self.embeds = from_config(config, lm, run_dir, console.warn) if is_frozen(lm) else None
-        self.guard = Guard(run_dir / "bad_steps", console.warn)
+        of = f"-{self.replicas.rank}" if self.replicas.world > 1 else ""
+        self.guard = Guard(run_dir / "bad_steps", console.warn, of)
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
         self._tensors: dict[str, torch.Tensor] = {}
@@ -140,9 +170,13 @@ class Trainer:
     def restore(self) -> None:
         """Go back to the newest checkpoint, and cut the logs back to it. Without one the run starts over."""
         stages = self.config.train.stages
+        if not self.replicas.first:
+            self.replicas.wait()  # the first process clears away what an interrupted save left
         latest = latest_checkpoint(self.checkpoints, stages)
+        if self.replicas.first:
+            self.replicas.wait()
         if latest is None:
-            self._evaluated = truncate_after(self.run_dir, stages, stages[0], 0)
+            self._cut_logs(stages[0], 0)
             self.console.message(f"no checkpoint in {self.checkpoints} yet: starting from the first step")
             return
         loaded = load_checkpoint(latest)
@@ -159,8 +193,13 @@ class Trainer:
         self.guard.in_a_row = int(loaded.state.get("bad_steps", 0))
         load_rng_tensors(loaded.tensors)
         self._resume_from, self._tensors = loaded.state, loaded.tensors
-        self._evaluated = truncate_after(self.run_dir, stages, loaded.state["stage"], loaded.state["step"])
+        self._cut_logs(loaded.state["stage"], loaded.state["step"])
         self.console.message(f"resuming from {latest}")
+
+    def _cut_logs(self, stage: str, step: int) -> None:
+        stages, first = self.config.train.stages, self.replicas.first
+        done = truncate_after(self.run_dir, stages, stage, step) if first else set()
+        self._evaluated = self.replicas.gather(done)[0]
 
     def run(self) -> None:
         """All stages that are left, each followed by an evaluation."""
@@ -195,8 +234,10 @@ class Trainer:
             advance(first - 1)
             for step in range(first, steps + 1):
                 record = stage.step(step)
-                record |= {"failed_videos": self.feed.failed, "peak_gb": peak_gb()}
-                self.log.train(record)
+                failed, peak = zip(*self.replicas.gather((self.feed.failed, peak_gb())), strict=True)
+                record |= {"failed_videos": sum(failed), "peak_gb": max(peak)}
+                if self.replicas.first:
+                    self.log.train(record)
                 self.console.step(record)
                 advance(1)
                 self._after_step(stage, name, step)
@@ -207,15 +248,15 @@ class Trainer:
     def _make_stage(self, name: str) -> Stage:
         config = self.config
         seed = config.train.seed * 2 + config.train.stages.index(name)
+        more: dict[str, Any] = {"guard": self.guard, "cache": self.embeds, "replicas": self.replicas}
         if name == "sft":
             optimizer = make_optimizer(self.lm, config.optim, config.sft.lr)
             stream = self.feed.videos(config.sft.batch, seed)
-            return SftStage(config, self.lm, self.feed, stream, optimizer, guard=self.guard, cache=self.embeds)
+            return SftStage(config, self.lm, self.feed, stream, optimizer, **more)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
         stream = self.feed.questions(config.rollout.prompts, seed)
-        reference, keep = self._reference(), self.log.completions
-        more: dict[str, Any] = {"guard": self.guard, "keep": keep, "cache": self.embeds}
-        return GrpoStage(config, self.lm, reference, self.feed, stream, optimizer, **more)
+        keep = self.log.completions if self.replicas.first else _forget
+        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, keep=keep, **more)
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder. Where adapters
@@ -237,6 +278,8 @@ class Trainer:
 
     def _after_step(self, stage: Stage, name: str, step: int) -> None:
         every, final = self.config.checkpoint.every, step == self.steps(name)
+        if self.replicas.any(self._stop_signal is not None):  # a signal may have come between two processes' steps
+            self._stop_signal = self._stop_signal or "a signal to another process"
         if final or self._stop_signal or (every and step % every == 0):
             self._save(stage, name, step, final=final)
         if self._stop_signal:
@@ -257,8 +300,14 @@ class Trainer:
             "data": self.inputs.fingerprint,
             "bad_steps": self.guard.in_a_row,
         }
+        if self.replicas.first:
+            self._write_checkpoint(optimizer, checkpoint_name(name, None if final else step), state)
+            prune(self.checkpoints, name, self.config.checkpoint.keep)
+        self.replicas.wait()  # the next stage opens it
+
+    def _write_checkpoint(self, optimizer: MasterAdamW, name: str, state: dict[str, Any]) -> None:
         save_checkpoint(
-            self.checkpoints / checkpoint_name(name, None if final else step),
+            self.checkpoints / name,
             model=self.lm.module,
             tokenizer_files=Path(self.inputs.info.path),
             tensors={
@@ -269,7 +318,6 @@ class Trainer:
             },
             state=state,
         )
-        prune(self.checkpoints, name, self.config.checkpoint.keep)
 
     def _evaluate(self, label: str, stage: str, step: int) -> None:
         samples = self.inputs.heldout
@@ -283,7 +331,18 @@ class Trainer:
                     raise self._stopped(f"in the evaluation of {label}")
 
             root = data_root(self.config, "eval")
-            result = evaluate(self.lm, samples, self.clips, self.config, root=root, progress=tick, cache=self.embeds)
+            result = evaluate(
+                self.lm,
+                samples,
+                self.clips,
+                self.config,
+                root=root,
+                progress=tick,
+                cache=self.embeds,
+                replicas=self.replicas,
+            )
+        if not self.replicas.first:
+            return
         for error in result.failed:
             self.console.warn(f"question left out of the evaluation: {error}")
         write_lines(self.run_dir / "eval" / f"{label}.jsonl", result.rows)
@@ -292,6 +351,10 @@ class Trainer:
         )
         records = [r for r in read_jsonl_tolerant(self.run_dir / "metrics.jsonl") if r["kind"] == "eval"]
         self.console.eval_table(records)
+
+
+def _forget(lines: list[dict[str, Any]]) -> None:
+    """The first process writes them."""
 
 
 def peak_gb() -> float:

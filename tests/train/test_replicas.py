@@ -1,0 +1,124 @@
+"""Several processes: the run of one process but for rounding, whatever the number, and one end for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from vrlt_fast.config_load import dump_toml
+from vrlt_fast.parallel.replicas import Replicas
+
+REPOSITORY = Path(__file__).parents[2]
+RUN = {
+    "sft": {"steps": 2, "batch": 3, "lr": 1e-3, "narration": 0.5},
+    "rollout": {"group_size": 3, "prompts": 3, "max_new_tokens": 6},
+    "grpo": {"steps": 2, "lr": 1e-3, "beta": 0.05, "updates": 2},
+    "reward": {"shuffle": True},
+    "optim": {"weight_decay": 10.0, "warmup": 1},
+}
+
+
+@pytest.fixture
+def start(make_config, tmp_path):
+    """``start(name, replicas, *words, **changes)``: the command line in a process of its own."""
+
+    def run(name, replicas, *words, **changes):
+        config = make_config(**{**RUN, "parallel": {"replicas": replicas}, **changes})
+        config = config.model_copy(update={"train": config.train.model_copy(update={"out": str(tmp_path / name)})})
+        file = tmp_path / f"{name}-{replicas}.toml"
+        file.write_text(dump_toml(config), encoding="utf-8")
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])}
+        command = [sys.executable, "-m", "vrlt_fast", "train", str(file), *words]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return run
+
+
+def done(process, code=0):
+    out, told = process.communicate(timeout=200)
+    assert process.returncode == code, told
+    return out, told
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(run, stage):
+    return load_file(next((run / "checkpoints" / f"{stage}-final").glob("model-*.safetensors")))
+
+
+def assert_close(ours, theirs):
+    """Adam divides: where a gradient is next to nothing, rounding decides on a whole step of a number."""
+    for name, tensor in theirs.items():
+        error = float((ours[name] - tensor).norm())
+        assert error < 1e-4 * float(tensor.norm()) + 1e-6 * tensor.numel() ** 0.5, (name, error)
+
+
+@pytest.mark.timeout(400)
+def test_two_processes_train_as_one_does(start, tmp_path):
+    """Uneven shares (two prompts and one), and a resume with another number of processes."""
+    one, two = start("one", 1), start("two", 2)
+    done(one)
+    out, _ = done(two)
+    assert out.count("report:") == 1
+    alone, both = tmp_path / "one", tmp_path / "two"
+    for stage in ("sft", "grpo"):
+        assert_close(weights(both, stage), weights(alone, stage))
+    assert len(records(both)) == len(records(alone))
+    for ours, theirs in zip(records(both), records(alone), strict=True):
+        for key in ("loss", "reward", "kl", "grad_norm", "tokens_trained", "responses", "length"):
+            assert (key in ours) == (key in theirs)
+            assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-3, abs=1e-6), key
+        assert ours.get("metrics") == theirs.get("metrics")
+    lines = [(r / "completions.jsonl").read_text(encoding="utf-8").splitlines() for r in (alone, both)]
+    told = [{(d["step"], d["id"], d["response"]) for d in map(json.loads, text)} for text in lines]
+    assert told[0] == told[1]
+    assert len(lines[0]) == len(lines[1]) == 2 * 3 * 3
+    evals = [[json.loads(x)["id"] for x in (r / "eval" / "sft.jsonl").read_text().splitlines()] for r in (alone, both)]
+    assert evals[0] == evals[1]
+    for name in ("grpo-final", "grpo-000001"):
+        shutil.rmtree(both / "checkpoints" / name, ignore_errors=True)
+    done(start("two", 1, "--resume"))
+    assert_close(weights(both, "grpo"), weights(alone, "grpo"))
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_ends_all_with_one_checkpoint(start, tmp_path):
+    process = start("run", 2, sft={"steps": 500, "batch": 2, "lr": 1e-3}, eval={"start": False, "samples": 3})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < limit and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = done(process, 75)
+    assert "VRLT-S02" in told
+    step = records(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"sft-{step:06d}" / "COMMIT.json").is_file()
+
+
+@pytest.mark.timeout(200)
+def test_the_exit_code_is_that_of_what_went_wrong(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    _, told = done(start("run", 2), 4)
+    assert "VRLT-R01" in told
+    _, told = done(start("other", 4), 2)
+    assert "some would have nothing to do" in told
+
+
+def test_alone_everything_is_as_given():
+    alone = Replicas()
+    assert alone.share([3, 4]) == [3, 4]
+    assert alone.sum([1.5, 2.0]) == [1.5, 2.0]
+    assert alone.gather("x") == ["x"]
+    assert alone.place(7) == 7
+    assert [Replicas(1, 3).share(range(7)), Replicas(1, 3).place(1)] == [[1, 4], 4]

@@ -1,0 +1,80 @@
+"""Starts the processes of a run on this machine, and ends all when one fails.
+
+torchrun would do it too, but exits with 1 whatever the reason was, and prints a table of tracebacks. The environment is
+its own, so ``torchrun -m vrlt_fast train ...`` works as well, also over several nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+GRACE = 10.0
+"""Seconds that the others get to end by themselves."""
+
+
+def started() -> bool:
+    """Whether this process is one of several already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(words: Sequence[str], world: int) -> int:
+    """Run ``vrlt`` with these words in ``world`` processes; returns the exit code of the first that failed, else 0.
+
+    SIGTERM and SIGINT go on to all of them.
+    """
+    port = _free_port()
+    running = [_start(words, rank, world, port) for rank in range(world)]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while True:
+            codes = [process.poll() for process in running]
+            failed = [code for code in codes if code]
+            if failed:
+                return _end(running, failed[0])
+            if None not in codes:
+                return 0
+            time.sleep(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in running:
+            process.kill()
+
+
+def _start(words: Sequence[str], rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+    more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **{name: str(value) for name, value in more.items()}}
+    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world, 1)))
+    # signals of the terminal reach the launcher alone, which passes them on
+    return subprocess.Popen([sys.executable, "-m", "vrlt_fast", *words], env=environment, start_new_session=True)
+
+
+def _end(running: Sequence[subprocess.Popen[bytes]], code: int) -> int:
+    """Give the others a moment, then end them. The cause has a code of its own, what it causes in others is 75."""
+    limit = time.monotonic() + GRACE
+    while time.monotonic() < limit and any(process.poll() is None for process in running):
+        time.sleep(0.05)
+    for process in running:
+        process.kill()
+        process.wait()
+    causes = [process.returncode for process in running if process.returncode not in (0, 75)]
+    return max(1, *causes) if causes else code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

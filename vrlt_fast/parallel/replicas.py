@@ -1,0 +1,131 @@
+"""Data parallelism: processes with the same weights, each with its share of every step's prompts.
+
+Sums over the step (tokens, rewards, gradients) are what one process would have, so that how many there are changes
+nothing but rounding. Rank 0 alone writes, logs and prints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from vrlt_fast.errors import Problem, Stopped
+
+T = TypeVar("T")
+WAIT = timedelta(minutes=30)
+"""Longest wait for another process: rank 0 may be writing a checkpoint or decoding a long video."""
+BUCKET = 2**26
+"""Values of gradients that travel together."""
+
+
+class Replicas:
+    """The processes of a run; alone where there is no other."""
+
+    def __init__(self, rank: int = 0, world: int = 1):
+        self.rank, self.world = rank, world
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and logs."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every ``world``-th of the items, from ``rank`` on."""
+        return list(items[self.rank :: self.world])
+
+    def place(self, index: int) -> int:
+        """Where item ``index`` of this process's share stands among all."""
+        return index * self.world + self.rank
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all processes, in fp64."""
+        if self.world == 1:
+            return list(values)
+        together = torch.tensor(list(values), dtype=torch.float64)
+        with _peers():
+            dist.all_reduce(together)
+        return together.tolist()
+
+    def any(self, value: bool) -> bool:
+        """Whether it holds in any process."""
+        return self.sum([float(value)])[0] > 0
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, by rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        with _peers():
+            dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up the gradients of all processes. A parameter keeps none where no process has one."""
+        if self.world == 1:
+            return
+        wanted = list(parameters)
+        has = self.sum([float(p.grad is not None) for p in wanted])
+        summed = [p for p, count in zip(wanted, has, strict=True) if count]
+        for p in summed:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for bucket in _buckets(summed):
+            flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
+            with _peers():
+                dist.all_reduce(flat)
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = part.view_as(p)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Raises Stopped S04 where another process has ended, or doesn't come."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).splitlines()[0][:200]
+        fix = "mend what ended the other one, then go on with the same command and --resume"
+        what = "another process of this run has ended"
+        raise Stopped(Problem("VRLT-S04", what, "parallel.replicas", why, fix)) from error
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """The parameters in order, of one dtype and about ``BUCKET`` values each."""
+    out: list[list[torch.nn.Parameter]] = []
+    values = 0
+    for p in parameters:
+        if not out or values + p.numel() > BUCKET or p.dtype != out[-1][0].dtype:
+            out.append([])
+            values = 0
+        out[-1].append(p)
+        values += p.numel()
+    return out
+
+
+def join(device: torch.device | str = "cpu") -> Replicas:
+    """The processes that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or this one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Replicas()
+    rank = int(os.environ["RANK"])
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=WAIT)
+    return Replicas(rank, world)
+
+
+def leave() -> None:
+    """End what :func:`join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -17,6 +17,7 @@ from vrlt_fast.config import ModelConfig, PromptConfig, RolloutConfig, VllmConfi
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.model.attention import PASS, SEGMENTS
 from vrlt_fast.model.load import MODELS, VideoLM, load_model
+from vrlt_fast.model.patch_embed import linear_patches_, released_patch_embed
 from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.model.tiny import build_tiny
 from vrlt_fast.model.vision import normalise
@@ -80,6 +81,7 @@ def _shaped(lm: VideoLM, size: str, device: torch.device, context: int) -> Video
     finally:
         torch.set_default_dtype(torch.float32)
     module.eval()
+    linear_patches_(module.model.visual)
     module.model.visual.config._attn_implementation = SEGMENTS
     module.model.language_model.config._attn_implementation = PASS
     return VideoLM(dataclasses.replace(info, config=config), module)
@@ -141,11 +143,14 @@ def our_arm(name: str, lm: VideoLM, prompts: Sequence[Prompt], rows: int, length
 
 
 def hf_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, cache: str) -> Arm:
-    """transformers' generate with num_return_sequences, sdpa attention; ``cache`` dynamic or static."""
+    """transformers' generate with num_return_sequences, sdpa attention, the released patch embedding; ``cache`` dynamic
+    or static.
+    """
 
     def run(temperature: float) -> list[list[tuple[int, ...]]]:
-        text = lm.module.model.language_model.config
+        text, tower = lm.module.model.language_model.config, lm.module.model.visual
         text._attn_implementation = "sdpa"
+        ours, tower.patch_embed = tower.patch_embed, released_patch_embed(tower)
         how: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -174,7 +179,7 @@ def hf_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, cache
                 found.append([tuple(row) for row in out[:, ids.shape[1] :].tolist()])
             return found
         finally:
-            text._attn_implementation = PASS
+            text._attn_implementation, tower.patch_embed = PASS, ours
 
     return Arm(f"HF generate, {cache} cache", run)
 

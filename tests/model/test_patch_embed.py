@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 from vrlt_fast.model.load import CLIP_MEAN, CLIP_STD
-from vrlt_fast.model.patch_embed import FoldedPatchEmbed, fold_normalize_, unfold_normalize_
+from vrlt_fast.model.patch_embed import (
+    FoldedPatchEmbed,
+    fold_normalize_,
+    linear_patches_,
+    released_patch_embed,
+    unfold_normalize_,
+)
 
 
 class Tower(torch.nn.Module):
@@ -106,3 +112,24 @@ def test_what_is_refused(seed: int) -> None:
     tower.requires_grad_(True)
     with pytest.raises(RuntimeError, match="trainable"):
         tower.patch_embed(patches)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_the_convolution(bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    tower = Tower(torch.float64, bias=bias).requires_grad_(True)
+    names, original, pixels = list(tower.state_dict()), tower.patch_embed, torch.randn(5, 1176, dtype=torch.float64)
+    weights = list(tower.parameters())
+    slope = torch.randn(5, 192, dtype=torch.float64)
+    want = original(pixels)
+    expected = torch.autograd.grad(want, weights, slope)
+    linear_patches_(tower)
+    got = tower.patch_embed(pixels)
+    assert list(tower.state_dict()) == names
+    assert released_patch_embed(tower) is original
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(torch.autograd.grad(got, weights, slope), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    linear_patches_(tower.requires_grad_(False))
+    fold_normalize_(tower, CLIP_MEAN, CLIP_STD)
+    assert released_patch_embed(tower) is original

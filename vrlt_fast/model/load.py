@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from vrlt_fast.config import ModelConfig
 from vrlt_fast.errors import Problem, SetupError
 from vrlt_fast.model.attention import PASS, SEGMENTS
-from vrlt_fast.model.patch_embed import fold_normalize_
+from vrlt_fast.model.patch_embed import fold_normalize_, linear_patches_
 from vrlt_fast.video.preprocess import Geometry
 
 MODELS = {
@@ -237,6 +237,7 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
     module.model.language_model.config._attn_implementation = PASS
     module.to(device)
     module.train()
+    linear_patches_(module.model.visual)
     if model.freeze_vision:
         module.model.visual.requires_grad_(False)
         fold_normalize_(module.model.visual, info.mean, info.std)

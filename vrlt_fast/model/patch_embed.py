@@ -1,4 +1,6 @@
-"""A frozen patch embedding that takes uint8 patches as they are: the normalisation is part of its weights."""
+"""The patch embedding of a vision tower as the product that it is; of a frozen one with the normalisation in it, so
+that it takes uint8 patches as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+
+class LinearPatchEmbed(torch.nn.Module):
+    """A patch embedding of pixels [N, 3 * T * p * p] as one matrix product. The released one is a convolution whose
+    kernel is the patch, and is run as such, several times slower. ``proj`` stays as it is, under its name.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.original = (original,)  # not a submodule: its names would appear twice
+        self.proj = original.proj
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        weight = self.proj.weight
+        return F.linear(pixels.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 class FoldedPatchEmbed(torch.nn.Module):
@@ -63,6 +80,25 @@ class FoldedPatchEmbed(torch.nn.Module):
         return centre.to(weight.dtype)[:, None], high, (exact - high.double()).to(weight.dtype)
 
 
+def linear_patches_(tower: Any) -> None:
+    """Make ``tower.patch_embed`` a matrix product, where it is a convolution over patches."""
+    if _over_patches(tower.patch_embed) and not hasattr(tower.patch_embed, "original"):
+        tower.patch_embed = LinearPatchEmbed(tower.patch_embed)
+
+
+def released_patch_embed(tower: Any) -> Any:
+    """The module that stood at ``tower.patch_embed`` when the model was made."""
+    module = tower.patch_embed
+    while hasattr(module, "original"):
+        module = module.original[0]
+    return module
+
+
+def _over_patches(embed: Any) -> bool:
+    proj = getattr(embed, "proj", None)
+    return isinstance(proj, torch.nn.Conv3d) and proj.kernel_size == proj.stride and proj.groups == 1
+
+
 def fold_normalize_(tower: Any, mean: Sequence[float], std: Sequence[float]) -> None:
     """Make ``tower.patch_embed`` take uint8 patches as they are: (x / 255 - mean) / std is folded into its weights.
 
@@ -73,9 +109,9 @@ def fold_normalize_(tower: Any, mean: Sequence[float], std: Sequence[float]) -> 
     """
     unfold_normalize_(tower)
     embed = tower.patch_embed
-    proj = getattr(embed, "proj", None)
-    if not isinstance(proj, torch.nn.Conv3d) or proj.kernel_size != proj.stride or proj.groups != 1:
+    if not _over_patches(embed):
         raise ValueError(f"{type(embed).__name__} isn't one convolution over patches")
+    proj = embed.proj
     if not len(mean) == len(std) == proj.in_channels or not all(s > 0 for s in std):
         raise ValueError(f"mean {mean} and std {std} don't fit {proj.in_channels} channels")
     if any(p.requires_grad for p in embed.parameters()):

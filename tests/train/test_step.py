@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vrlt_fast.config import GrpoConfig
+from vrlt_fast.config import GrpoConfig, OptimConfig
 from vrlt_fast.model.load import VideoLM, enable_recompute
 from vrlt_fast.model.vision import StepVision, normalise
 from vrlt_fast.rewards.dual import dual_reward
 from vrlt_fast.rollout.engine import GroupEngine, generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.optim import apply_step, make_optimizer
 from vrlt_fast.train.plan import micro_batches
 from vrlt_fast.train.scored import StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.step import grpo_backward, score_old
@@ -217,6 +218,26 @@ def test_replicated_prompts_give_the_same_step(lm, groups, seed, recompute):
     same(ours, right, 1e-6)
     assert (stats.loss, stats.kl) == pytest.approx((slow.loss, slow.kl), rel=1e-6)
     assert stats.tokens_trained < slow.tokens_trained == slow.tokens_logical == stats.tokens_logical
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_twenty_recorded_steps_end_at_the_same_weights(lm, groups, seed):
+    """In fp32, through the optimizer: rounding doesn't build up."""
+    lm.module.float()
+    ends, config = [], GrpoConfig(beta=0.2)
+    for prefix in ("shared", "replicated"):
+        policy = VideoLM(lm.info, copy.deepcopy(lm.module))
+        optimizer = make_optimizer(policy, OptimConfig(), 1e-4)
+        for step in range(20):
+            scored = scored_at_random(groups, seed + step, config)
+            stats = grpo_backward(policy, lm, scored, config, temperature=T, micro_rows=8, prefix=prefix)
+            apply_step(policy, optimizer, stats.loss, 1e-4, 1.0)
+        ends.append({name: p.detach() for name, p in policy.module.named_parameters()})
+    moved = max(float((ends[0][name] - p.detach()).abs().max()) for name, p in lm.module.named_parameters())
+    apart = max(float((ends[0][name] - p).abs().max()) for name, p in ends[1].items())
+    assert moved > 1e-3
+    assert apart < 1e-4
 
 
 def test_recomputed_layers_give_the_same_gradient(lm, groups, seed):

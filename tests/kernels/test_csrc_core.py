@@ -65,7 +65,9 @@ def test_cpu_kernels_of_every_instruction_set(kernels, tmp_path, seed):
 
 @compiler
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not x86")
-@pytest.mark.parametrize("kernels", ["row", "decode", "linear", "attention"])
+@pytest.mark.parametrize(
+    "kernels", ["row", *(pytest.param(k, marks=pytest.mark.slow) for k in ("decode", "linear", "attention"))]
+)
 def test_no_code_for_one_instruction_set_is_shared(kernels, tmp_path):
     """A function that the linker may merge would run with AVX-512 instructions on machines without them."""
     for name, flags in INSTRUCTIONS.items():

@@ -15,7 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from vrlt_fast.config_load import dump_toml
+from vrlt_fast.errors import ConfigError
 from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.train.trainer import train
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = {
@@ -111,8 +113,12 @@ def test_the_exit_code_is_that_of_what_went_wrong(start, tmp_path):
     (tmp_path / "run").mkdir()
     _, told = done(start("run", 2), 4)
     assert "VRLT-R01" in told
-    _, told = done(start("other", 4), 2)
-    assert "some would have nothing to do" in told
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_processes_without_work_are_refused(make_config):
+    with pytest.raises(ConfigError, match="some would have nothing to do"):
+        train(make_config(**RUN, parallel={"replicas": 4}))
 
 
 def test_alone_everything_is_as_given():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.readers import resolve_images, resolve_video
@@ -130,14 +129,11 @@ class Feed:
             )
 
     def state(self) -> dict[str, object]:
-        """For the checkpoint: what each process has counted."""
-        own = {"failed": self.failed, "outcomes": "".join("01"[ok] for ok in self._outcomes)}
-        return {"replicas": self._replicas.gather(own)}
+        """For the checkpoint: what this process has counted."""
+        return {"failed": self.failed, "outcomes": "".join("01"[ok] for ok in self._outcomes)}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`. Counts of processes that there aren't any more go to the first."""
-        states, rank = list(state["replicas"]), self._replicas.rank
-        beyond = states[self._replicas.world :] if self._replicas.first else []
-        self.failed = sum(int(s["failed"]) for s in [*states[rank : rank + 1], *beyond])
-        outcomes = "".join(str(s["outcomes"]) for s in [*beyond, *states[rank : rank + 1]])
+    def load(self, *states: dict[str, object]) -> None:
+        """Inverse of :meth:`state`; several add up."""
+        self.failed = sum(int(str(state["failed"])) for state in states)
+        outcomes = "".join(str(state["outcomes"]) for state in states)
         self._outcomes = deque((c == "1" for c in outcomes), maxlen=WINDOW)

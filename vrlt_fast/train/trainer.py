@@ -189,7 +189,9 @@ class Trainer:
         load_weights_into(latest, self.lm.module, verified=True)
         load_adapters(self.lm.module, loaded.tensors)
         # Also where the checkpoint ends a stage: the next one goes on with the counts and the random state.
-        self.feed.load(loaded.state["feed"])
+        counted, rank = loaded.state["feed"], self.replicas.rank
+        gone = counted[self.replicas.world :] if self.replicas.first else []  # processes that there aren't any more
+        self.feed.load(*gone, *counted[rank : rank + 1])
         self.guard.in_a_row = int(loaded.state.get("bad_steps", 0))
         load_rng_tensors(loaded.tensors)
         self._resume_from, self._tensors = loaded.state, loaded.tensors
@@ -296,7 +298,7 @@ class Trainer:
             "step": step,
             "final": final,
             "stream": stage.stream.state(),
-            "feed": self.feed.state(),
+            "feed": self.replicas.gather(self.feed.state()),
             "data": self.inputs.fingerprint,
             "bad_steps": self.guard.in_a_row,
         }

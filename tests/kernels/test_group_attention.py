@@ -48,7 +48,7 @@ def tensors(spans, heads, dim, seed, dtype=torch.float32):
 
 def run(function, inputs, spans, scale=None):
     out = function(*inputs, spans, scale)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
     return out, torch.autograd.grad((out * weight).sum(), inputs, materialize_grads=True)
 
 

@@ -148,14 +148,16 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if status.st_size == 0:
         raise video_error("VRLT-V02", path, "video file is empty")
     _check_holes(path)
+    # PyAV 19 has no such argument
+    more = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     with ffmpeg_log() as lines:
         try:
             container = av.open(
                 f"file:{path}",
                 mode="r",
-                metadata_errors="replace",
                 options={"protocol_whitelist": "file"},
                 timeout=_TIMEOUT_S,
+                **more,
             )
         except (av.error.FFmpegError, ValueError, OSError) as error:
             raise video_error("VRLT-V02", path, "not a readable video file", _why(error, lines)) from None

@@ -165,7 +165,7 @@ def hf_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, cache
                     mm_token_type_ids=2 * (ids == lm.info.video_token).int(),
                     pixel_values_videos=normalise(lm, prompt.clip.patches.to(lm.device)),
                     video_grid_thw=torch.tensor([[1, h, w]] * t, device=lm.device),
-                    second_per_grid_ts=[prompt.clip.seconds_per_grid] * t,
+                    second_per_grid_ts=torch.full((t,), prompt.clip.seconds_per_grid),
                     num_return_sequences=rows if temperature > 0 else 1,
                     max_new_tokens=length,
                     min_new_tokens=length,

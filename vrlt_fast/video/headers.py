@@ -7,13 +7,19 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _HEAD = 1 << 16
 _PLAIN = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 _PROJECTION = b"\x76\x70"
 _SEGMENT, _EBML = b"\x18\x53\x80\x67", b"\x1a\x45\xdf\xa3"
+
+
+def exact(ratio: Any) -> Fraction:
+    """A ratio of PyAV's, which from 19 on are of a type of its own."""
+    return Fraction(ratio.numerator, ratio.denominator)
 
 
 def may_be_turned(path: Path, container: str, codec: str, first: bytes) -> bool:

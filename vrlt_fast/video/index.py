@@ -19,7 +19,7 @@ import numpy as np
 
 from vrlt_fast.errors import Problem, VideoError
 from vrlt_fast.video.ffmpeg_log import Line, ffmpeg_log, reason_of
-from vrlt_fast.video.headers import largest_hole, may_be_turned, promised_bytes
+from vrlt_fast.video.headers import exact, largest_hole, may_be_turned, promised_bytes
 from vrlt_fast.video.nal import READERS, Picture, droppable, length_size
 
 if TYPE_CHECKING:
@@ -271,8 +271,8 @@ def _synthetic(count: int, dts: np.ndarray, stream: VideoStream) -> np.ndarray:
     ordered = np.sort(dts)
     if len(ordered) and ordered[0] != NO_TICK and (np.diff(ordered) > 0).all():
         return ordered
-    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    step = 1 / (rate * stream.time_base) if stream.time_base else Fraction(1)
+    rate = exact(stream.average_rate or stream.guessed_rate or Fraction(25))
+    step = 1 / (rate * exact(stream.time_base)) if stream.time_base else Fraction(1)
     return np.array([round(i * step) for i in range(count)], dtype=np.int64)
 
 
@@ -331,7 +331,7 @@ def _describe(path: Path, container: InputContainer, stream: VideoStream, found:
         usual, most = float(np.median(steps)), float(steps.max())
         if most > 1.5 * usual or float(steps.min()) < 0.5 * usual:
             flags.add("vfr")
-        if names & _TIMED_BY_PES and most > 10 * usual and most * (stream.time_base or 0) > 1:
+        if names & _TIMED_BY_PES and most > 10 * usual and most * float(stream.time_base or 0) > 1:
             flags.add("discontinuity")
 
 
@@ -367,7 +367,7 @@ def probe(path: Path, *, damaged: bool = False) -> VideoIndex:
         if not shown[:first].all() and first:
             found.flags.add("open_start")
         _describe(path, container, stream, found, ticks)
-        base = stream.time_base or Fraction(1)
+        base = exact(stream.time_base or Fraction(1))
         context, codec = stream.codec_context, stream.codec_context.codec.canonical_name
         drop = np.array(droppable(found.pictures), dtype=bool)
         if found.flags & {"missing_pts", "no_pts"}:

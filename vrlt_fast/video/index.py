@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise video_error("VRLT-V02", path, "video file is empty")
     _check_holes(path)
     # PyAV 19 has no such argument
-    more = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    more: Any = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     with ffmpeg_log() as lines:
         try:
             container = av.open(

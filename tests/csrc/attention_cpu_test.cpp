@@ -3,41 +3,10 @@
 #include "attention_cpu.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "check.h"
 
 using namespace vrlt_attention;
-
-static uint16_t to_bf16(double v) {
-  const float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static double from_bf16(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-template <typename Raw>
-static Raw put(double v) {
-  if constexpr (sizeof(Raw) == 2)
-    return to_bf16(v);
-  else
-    return static_cast<Raw>(v);
-}
-
-template <typename Raw>
-static double get(Raw v) {
-  if constexpr (sizeof(Raw) == 2)
-    return from_bf16(v);
-  else
-    return v;
-}
 
 template <typename Raw>
 struct Values {
@@ -46,11 +15,11 @@ struct Values {
   Values(std::mt19937& generator, int64_t tokens, int64_t heads_, int64_t dim_, int64_t gap_)
       : raw(tokens * heads_ * (dim_ + gap_)), heads(heads_), dim(dim_), gap(gap_) {
     std::normal_distribution<double> normal(0, 1);
-    for (auto& v : raw) v = put<Raw>(normal(generator));
+    for (auto& v : raw) v = Storage<Raw>::put(normal(generator));
   }
   Rows rows() const { return {raw.data(), heads * (dim + gap), dim + gap}; }
   double at(int64_t token, int64_t head, int64_t c) const {
-    return get(raw[(token * heads + head) * (dim + gap) + c]);
+    return Storage<Raw>::get(raw[(token * heads + head) * (dim + gap) + c]);
   }
 };
 
@@ -72,7 +41,7 @@ static void check_size(const Size& n, DType dtype, Isa isa, double eps, std::mt1
   const Values<Raw> pv(generator, n.past, n.kv_heads, n.dim, 0), g(generator, n.tokens, heads, n.dim, 0);
   const double scale = 0.7 / std::sqrt(static_cast<double>(n.dim));
   const Problem problem = {n.ratio, n.kv_heads, n.dim, scale, q.rows(), k.rows(), v.rows(), pk.rows(), pv.rows()};
-  const Raw guard = put<Raw>(77);
+  const Raw guard = Storage<Raw>::put(77);
   std::vector<Raw> out(n.tokens * heads * n.dim + 8, guard), dq = out;
   std::vector<T> lse(n.tokens * heads), own(2 * n.tokens * padded), past(2 * n.past * padded);
   const Segment segment = {0, n.tokens, 0, n.past};
@@ -104,8 +73,8 @@ static void check_size(const Size& n, DType dtype, Isa isa, double eps, std::mt1
         for (int64_t c = 0; c < n.dim; ++c) {
           double o = 0;
           for (int64_t j = 0; j < sees; ++j) o += p[j] / sum * value(j, c);
-          close(get(out[place * n.dim + c]), o, eps * 4, where, "out", place * n.dim + c);
-          delta += get(out[place * n.dim + c]) * g.at(t, head, c);
+          close(Storage<Raw>::get(out[place * n.dim + c]), o, eps * 4, where, "out", place * n.dim + c);
+          delta += Storage<Raw>::get(out[place * n.dim + c]) * g.at(t, head, c);
         }
         for (int64_t j = 0; j < sees; ++j) {
           double product = 0;
@@ -120,7 +89,7 @@ static void check_size(const Size& n, DType dtype, Isa isa, double eps, std::mt1
         for (int64_t c = 0; c < n.dim; ++c) {
           double want = 0;
           for (int64_t j = 0; j < sees; ++j) want += slope[j] * key(j, c);
-          close(get(dq[place * n.dim + c]), want, eps * 16, where, "dq", place * n.dim + c);
+          close(Storage<Raw>::get(dq[place * n.dim + c]), want, eps * 16, where, "dq", place * n.dim + c);
         }
       }
     const double room = eps * 16 * (1 + static_cast<double>(n.tokens * n.ratio) / 16);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -25,6 +26,34 @@ inline void close(
   const std::string at = index < 0 ? "" : " at " + std::to_string(index);
   check(false, where + what + at + ": got " + std::to_string(got) + ", want " + std::to_string(want));
 }
+
+// How a row's values are stored: bf16 is its bits.
+inline uint16_t to_bf16(double v) {
+  const float f = static_cast<float>(v);
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (std::isnan(f)) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline double from_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+template <typename Raw>
+struct Storage {
+  static Raw put(double v) { return static_cast<Raw>(v); }
+  static double get(Raw v) { return v; }
+};
+
+template <>
+struct Storage<uint16_t> {
+  static uint16_t put(double v) { return to_bf16(v); }
+  static double get(uint16_t v) { return from_bf16(v); }
+};
 
 struct Truth {
   double logp, entropy, lse, sum_p2;

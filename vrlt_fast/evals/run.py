@@ -90,7 +90,7 @@ def evaluate(
         own += zip(places, map(list, zip(*by_temperature, strict=True)), strict=True)
         if progress:
             progress(len(prompts))
-    told = replicas.gather((own, [e.problems for e in failed])) if replicas.world > 1 else [(own, [])]
+    told = replicas.gather((own, [e.problems for e in failed]))
     kept = sorted((answered for part, _ in told for answered in part), key=lambda answered: answered[0])
     others = [DataError(p) for rank, (_, lost) in enumerate(told) if rank != replicas.rank for p in lost]
     metrics: dict[str, Metrics] = {}

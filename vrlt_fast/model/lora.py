@@ -125,7 +125,8 @@ def merged(weights: dict[str, torch.Tensor], module: Any) -> dict[str, torch.Ten
             if not any(f".{part}." in name for part in ("lora_A", "lora_B")):
                 out[name] = tensor
         elif rest == "weight":
-            total = tensor.float() + layers[owner].get_delta_weight(TRAINED).float()
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            total = tensor.to(wide) + layers[owner].get_delta_weight(TRAINED).to(wide)
             out[f"{owner}.weight"] = total.to(tensor.dtype).cpu()
         else:
             out[f"{owner}.{rest}"] = tensor

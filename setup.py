@@ -46,6 +46,11 @@ CPU_SOURCES = {  # with the flags of their instruction set, which the library as
     "linear_cpu_generic.cpp": [],
     "linear_cpu_avx2.cpp": AVX2,
     "linear_cpu_avx512.cpp": AVX512,
+    "pointwise_binding.cpp": ["-O2"],
+    "pointwise_cpu.cpp": [],
+    "pointwise_cpu_generic.cpp": [],
+    "pointwise_cpu_avx2.cpp": AVX2,
+    "pointwise_cpu_avx512.cpp": AVX512,
     "patchify_binding.cpp": ["-O2"],
     "patchify_plan.cpp": [],
     "patchify_cpu.cpp": [],
@@ -54,7 +59,11 @@ CPU_SOURCES = {  # with the flags of their instruction set, which the library as
     "patchify_vbmi.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vnni"],
 }
 X86_ONLY = {
-    *(f"{name}_cpu_{isa}.cpp" for name in ("row", "decode", "linear", "attention") for isa in ("avx2", "avx512")),
+    *(
+        f"{name}_cpu_{isa}.cpp"
+        for name in ("row", "decode", "linear", "attention", "pointwise")
+        for isa in ("avx2", "avx512")
+    ),
     *("patchify_avx2.cpp", "patchify_vbmi.cpp"),
 }
 GENCODE = [

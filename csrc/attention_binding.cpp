@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -19,24 +20,46 @@ using vrlt_attention::Segment;
 using vrlt_attention::Sums;
 using vrlt_attention::Unit;
 
-static Rows token_rows(const Tensor& x, const Tensor& like, int64_t heads, const char* name, bool as_long = true) {
+constexpr int64_t ANY = -1;  // number of tokens
+
+static Rows token_rows(const Tensor& x, const Tensor& like, int64_t heads, const char* name, int64_t tokens) {
   STD_TORCH_CHECK(
-      x.dim() == 3 && x.size(1) == heads && x.size(2) == like.size(2) && (!as_long || x.size(0) == like.size(0)) &&
+      x.dim() == 3 && x.size(1) == heads && x.size(2) == like.size(2) && (tokens == ANY || x.size(0) == tokens) &&
           x.scalar_type() == like.scalar_type() && x.device().type() == torch::headeronly::DeviceType::CPU &&
           (x.size(2) == 1 || x.stride(2) == 1),
-      name, ": needs ", as_long ? "as many tokens as the query, " : "[tokens, ", heads, ", ", like.size(2),
+      name, ": needs [", tokens == ANY ? "tokens" : std::to_string(tokens), ", ", heads, ", ", like.size(2),
       "] of the query's dtype on the CPU, with a last stride of 1");
   return {x.const_data_ptr(), x.stride(0), x.stride(1)};
 }
 
-static Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+// Where token 0 of a sequence would stand, of which the first `skip` aren't in memory.
+static const void* before(const void* data, int64_t skip, int64_t stride, const Tensor& of) {
+  const auto bytes = static_cast<uintptr_t>(skip * stride * static_cast<int64_t>(of.element_size()));
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(data) - bytes);
+}
+
+static Rows query_rows(const Tensor& x, const Tensor& query, const char* name, int64_t skip) {
+  Rows rows = token_rows(x, query, query.size(1), name, query.size(0));
+  rows.data = before(rows.data, skip, rows.token, x);
+  return rows;
+}
+
+// Of tensors that the ops allocate.
+static void* written(const Tensor& x, int64_t skip) {
+  return const_cast<void*>(before(x.mutable_data_ptr(), skip, x.stride(0), x));
+}
+
+// The first `skip` tokens have keys and values, but no queries.
+static Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t skip = 0) {
   STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3, "query, key: need three dimensions");
   const int64_t heads = query.size(1), kv_heads = key.size(1), dim = query.size(2);
   STD_TORCH_CHECK(
       dim > 0 && dim <= vrlt_attention::MAX_DIM, "query: needs 1 to ", vrlt_attention::MAX_DIM, " components");
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "key: needs heads that divide the query's ", heads);
-  const Rows keys = token_rows(key, query, kv_heads, "key"), values = token_rows(value, query, kv_heads, "value");
-  return {heads / kv_heads, kv_heads, dim, scale, token_rows(query, query, heads, "query"), keys, values, keys, values};
+  const int64_t tokens = query.size(0) + skip;
+  const Rows keys = token_rows(key, query, kv_heads, "key", tokens);
+  const Rows values = token_rows(value, query, kv_heads, "value", tokens);
+  return {heads / kv_heads, kv_heads, dim, scale, query_rows(query, query, "query", skip), keys, values, keys, values};
 }
 
 // A group: its segments stand side by side in the sequence, the prefix first.
@@ -47,7 +70,9 @@ struct Group {
 
 static std::vector<Group> groups_of(
     int64_t tokens, const std::vector<int64_t>& prefix, const std::vector<int64_t>& counts,
-    const std::vector<int64_t>& lengths) {
+    const std::vector<int64_t>& lengths, int64_t skip) {
+  STD_TORCH_CHECK(
+      skip == 0 || (prefix.size() == 1 && prefix[0] == skip), "skip: got ", skip, ", needs 0 or the only prefix");
   STD_TORCH_CHECK(prefix.size() == counts.size(), "counts: needs one for each of ", prefix.size(), " prefixes");
   std::vector<Group> groups;
   int64_t at = 0;
@@ -56,7 +81,7 @@ static std::vector<Group> groups_of(
     Group group = {at, 0, {}};
     const auto add = [&](int64_t length, int64_t past) {
       STD_TORCH_CHECK(length >= 0 && length <= tokens - at, "lengths: add up to more than ", tokens, " tokens");
-      if (length > 0) group.segments.push_back({at, length, group.start, past});
+      if (length > 0 && at >= skip) group.segments.push_back({at, length, group.start, past});
       at += length;
     };
     add(prefix[g], 0);
@@ -82,7 +107,8 @@ static void cut(const Segment& segment, int64_t kv_head, int64_t ratio, int64_t 
 }
 
 static std::tuple<Tensor, Tensor> attend(
-    const Problem& problem, const Tensor& query, const std::vector<Segment>& segments, const Functions& functions) {
+    const Problem& problem, const Tensor& query, const std::vector<Segment>& segments, const Functions& functions,
+    int64_t skip = 0) {
   const Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
   const Tensor lse = torch::stable::new_empty(query, {query.size(0), query.size(1)}, result_type(query));
   std::vector<Unit> units;
@@ -93,26 +119,26 @@ static std::tuple<Tensor, Tensor> attend(
   });
   int64_t work = 0;
   for (const Unit& unit : units) work += 2 * problem.dim * products(unit, problem.ratio);
-  const Result result = {out.mutable_data_ptr(), lse.mutable_data_ptr()};
+  const Result result = {written(out, skip), written(lse, skip)};
   spread(static_cast<int64_t>(units.size()), work, [&](int64_t i) { functions.forward(problem, units[i], result); });
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> group_attention(
     Tensor query, Tensor key, Tensor value, std::vector<int64_t> prefix, std::vector<int64_t> counts,
-    std::vector<int64_t> lengths, double scale) {
-  const Problem problem = problem_of(query, key, value, scale);
+    std::vector<int64_t> lengths, double scale, int64_t skip) {
+  const Problem problem = problem_of(query, key, value, scale, skip);
   std::vector<Segment> segments;
-  for (const Group& group : groups_of(query.size(0), prefix, counts, lengths))
+  for (const Group& group : groups_of(key.size(0), prefix, counts, lengths, skip))
     segments.insert(segments.end(), group.segments.begin(), group.segments.end());
-  return attend(problem, query, segments, vrlt_attention::functions(cpu_dtype(query, "query")));
+  return attend(problem, query, segments, vrlt_attention::functions(cpu_dtype(query, "query")), skip);
 }
 
 Tensor chunk_attention(
     Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, double scale) {
   Problem problem = problem_of(query, key, value, scale);
-  problem.past_key = token_rows(past_key, query, problem.kv_heads, "past_key", false);
-  problem.past_value = token_rows(past_value, query, problem.kv_heads, "past_value", false);
+  problem.past_key = token_rows(past_key, query, problem.kv_heads, "past_key", ANY);
+  problem.past_value = token_rows(past_value, query, problem.kv_heads, "past_value", ANY);
   STD_TORCH_CHECK(past_key.size(0) == past_value.size(0), "past_value: needs ", past_key.size(0), " tokens");
   const Segment segment = {0, query.size(0), 0, past_key.size(0)};
   return std::get<0>(attend(problem, query, {segment}, vrlt_attention::functions(cpu_dtype(query, "query"))));
@@ -212,18 +238,18 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor> group_attention_backward(
     Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, std::vector<int64_t> prefix,
-    std::vector<int64_t> counts, std::vector<int64_t> lengths, double scale) {
-  const Problem problem = problem_of(query, key, value, scale);
+    std::vector<int64_t> counts, std::vector<int64_t> lengths, double scale, int64_t skip) {
+  const Problem problem = problem_of(query, key, value, scale, skip);
   STD_TORCH_CHECK(
       lse.dim() == 2 && lse.size(0) == query.size(0) && lse.size(1) == query.size(1) && lse.is_contiguous() &&
           lse.scalar_type() == result_type(query) && lse.device().type() == torch::headeronly::DeviceType::CPU,
       "lse: needs what group_attention gave");
   const Tensor into = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)});
   const Given given = {
-      token_rows(grad, query, query.size(1), "grad"), token_rows(out, query, query.size(1), "out"),
-      lse.const_data_ptr(), into.mutable_data_ptr()};
+      query_rows(grad, query, "grad", skip), query_rows(out, query, "out", skip),
+      before(lse.const_data_ptr(), skip, lse.stride(0), lse), written(into, skip)};
   Backward backward(problem, given, vrlt_attention::functions(cpu_dtype(query, "query")), key);
-  backward.run(groups_of(query.size(0), prefix, counts, lengths));
+  backward.run(groups_of(key.size(0), prefix, counts, lengths, skip));
   return {into, backward.key, backward.value};
 }
 
@@ -231,11 +257,11 @@ std::tuple<Tensor, Tensor, Tensor> group_attention_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vrlt_native, m) {
   m.def(
-      "group_attention(Tensor query, Tensor key, Tensor value, int[] prefix, int[] counts, int[] lengths, float scale) "
-      "-> (Tensor out, Tensor lse)");
+      "group_attention(Tensor query, Tensor key, Tensor value, int[] prefix, int[] counts, int[] lengths, float scale, "
+      "int skip) -> (Tensor out, Tensor lse)");
   m.def(
       "group_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "int[] prefix, int[] counts, int[] lengths, float scale) -> (Tensor query, Tensor key, Tensor value)");
+      "int[] prefix, int[] counts, int[] lengths, float scale, int skip) -> (Tensor query, Tensor key, Tensor value)");
   m.def(
       "chunk_attention(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, float scale) -> "
       "Tensor");

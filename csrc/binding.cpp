@@ -8,7 +8,7 @@
 namespace vrlt_binding {
 
 // Raised with the schemas; _native.py refuses a library that says another number.
-constexpr int64_t SCHEMA_VERSION = 4;
+constexpr int64_t SCHEMA_VERSION = 5;
 
 int64_t schema_version() {
   return SCHEMA_VERSION;

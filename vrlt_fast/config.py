@@ -162,6 +162,12 @@ class RolloutConfig(_Section):
     """Prompt tokens in one pass of the prefill."""
 
 
+class KernelsConfig(_Section):
+    layers: Literal["auto", "liger", "torch"] = "auto"
+    """RMSNorm and SwiGLU: auto (compiled ones on a CPU, else the model's own), liger (on a GPU, the package
+    liger-kernel), torch (the model's own)."""
+
+
 class EmbedCacheConfig(_Section):
     gpu_gb: Annotated[float, Field(ge=0.0)] = 1.0
     """GPU memory for a frozen vision tower's embeddings, in GB (10^9 bytes); 0: none."""
@@ -297,6 +303,7 @@ class Config(_Section):
     prompt: PromptConfig = PromptConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
+    kernels: KernelsConfig = KernelsConfig()
     embed_cache: EmbedCacheConfig = EmbedCacheConfig()
     vllm: VllmConfig = VllmConfig()
     reward: RewardConfig = RewardConfig()

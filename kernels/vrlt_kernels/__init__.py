@@ -16,6 +16,7 @@ from .group_attention import (
 )
 from .group_decode import group_decode, group_decode_ref
 from .grpo_loss import GrpoLoss, grpo_loss, grpo_loss_ref
+from .layers import rms_norm, rms_norm_ref, swiglu, swiglu_ref
 from .linear_grpo_loss import linear_grpo_loss, linear_grpo_loss_ref
 from .linear_logprob import linear_logprob, linear_logprob_ref
 from .linear_token_weight import linear_token_weight, linear_token_weight_ref
@@ -62,6 +63,10 @@ __all__ = [
     "policy_loss",
     "policy_loss_ref",
     "report",
+    "rms_norm",
+    "rms_norm_ref",
+    "swiglu",
+    "swiglu_ref",
     "token_logprob",
     "token_logprob_ref",
     "token_weight",

@@ -33,7 +33,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 
 MAX_DIM = 256  # of a head, in the attention operators
-_SCHEMA_VERSION = 4  # of csrc/binding.cpp
+_SCHEMA_VERSION = 5  # of csrc/binding.cpp
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCE = _PACKAGE.parent.parent  # of a checkout: csrc/ and setup.py are there
 _lock = threading.Lock()

@@ -41,8 +41,21 @@ _last: List[GroupSpans] = []
 
 
 def _backend(op: str, query: torch.Tensor) -> Backend:
-    compiled = query.device.type == "cpu" and 0 < query.shape[2] <= _native.MAX_DIM
-    return choose(op, query, has=("native", "flash", "reference") if compiled else ("flash", "reference"))
+    has: List[Backend] = ["flash", "reference"]
+    if query.device.type == "cpu" and 0 < query.shape[2] <= _native.MAX_DIM:
+        has.append("native")
+    if op == "group_attention" and query.dtype != torch.float64 and 0 < query.shape[2] <= 256:
+        has.append("triton")
+    return choose(op, query, has=has)
+
+
+def _one_pass(query: torch.Tensor) -> Any:
+    """The module whose forward and backward run: both take a `Packed`."""
+    if _backend("group_attention", query) == "triton":
+        from . import group_attention_triton
+
+        return group_attention_triton
+    return flash
 
 
 @torch.library.custom_op(op("group_attention_fwd"), mutates_args=())
@@ -54,12 +67,15 @@ def group_attention_fwd(
     counts: List[int],
     lengths: List[int],
     scale: float,
+    skip: int = 0,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """out [N, Hq, d] and lse [N, Hq]."""
+    """out and lse [N, Hq], of the query's tokens: those behind the first ``skip``."""
     if _backend("group_attention", query) == "native":
-        out, lse = torch.ops.vrlt_native.group_attention(query, key, value, prefix, counts, lengths, scale)
+        out, lse = torch.ops.vrlt_native.group_attention(query, key, value, prefix, counts, lengths, scale, skip)
         return out, lse
-    return flash.forward(flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale))
+    found: Tuple[torch.Tensor, torch.Tensor]
+    found = _one_pass(query).forward(flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale, skip))
+    return found
 
 
 @group_attention_fwd.register_fake
@@ -79,16 +95,18 @@ def group_attention_bwd(
     counts: List[int],
     lengths: List[int],
     scale: float,
+    skip: int = 0,
 ) -> Three:
     """Gradients of query, key and value."""
     if _backend("group_attention", query) == "native":
         grad = grad if grad.stride(2) == 1 else grad.contiguous()  # as that of a sum, which is expanded
         dq, dk, dv = torch.ops.vrlt_native.group_attention_backward(
-            grad, query, key, value, out, lse, prefix, counts, lengths, scale
+            grad, query, key, value, out, lse, prefix, counts, lengths, scale, skip
         )
         return dq, dk, dv
-    x = flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale)
-    return flash.backward(grad, x, out, lse)
+    x = flash.Packed(query, key, value, _spans(prefix, counts, lengths), scale, skip)
+    grads: Three = _one_pass(query).backward(grad, x, out, lse)
+    return grads
 
 
 @group_attention_bwd.register_fake
@@ -105,16 +123,16 @@ def _setup(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.
 
 def _backward(ctx: Any, grad: Optional[torch.Tensor], _: Any) -> Tuple[Any, ...]:
     if grad is None:
-        return (None,) * 7
-    return (*group_attention_bwd(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
+        return (None,) * 8
+    return (*group_attention_bwd(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * len(ctx.rest))
 
 
 group_attention_fwd.register_autograd(_backward, setup_context=_setup)
 no_double_backward(group_attention_bwd, "group_attention")
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans) -> None:
-    tensor("query", query, shape=[spans.tokens, None, None], dtypes=FLOATS)
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans, skip: int = 0) -> None:
+    tensor("query", query, shape=[spans.tokens - skip, None, None], dtypes=FLOATS)
     shape = [spans.tokens, None, query.shape[2]]
     tensor("key", key, shape=shape, dtypes=[query.dtype], like=query)
     tensor("value", value, shape=[spans.tokens, key.shape[1], query.shape[2]], dtypes=[query.dtype], like=query)
@@ -123,7 +141,13 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: G
 
 
 def group_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans, scale: Optional[float] = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: GroupSpans,
+    scale: Optional[float] = None,
+    *,
+    rows_only: bool = False,
 ) -> torch.Tensor:
     """Attention of a packed sequence of groups, differentiable once.
 
@@ -131,40 +155,53 @@ def group_attention(
         query: [N, Hq, d] fp32, fp64, bf16 or fp16, any strides but the last (1); N is ``spans.tokens``.
         key, value: [N, Hk, d] of the same dtype and device; Hk divides Hq, query head h reads key head h // (Hq / Hk).
         scale: of the scores, default d ** -0.5.
+        rows_only: the prefix of the only group was computed before: query [N - P, Hq, d] is of the rows' tokens, while
+            key and value hold the prefix too. Its gradients are what these rows add.
 
     Returns:
-        [N, Hq, d] in the query's dtype. A row of an empty prefix sees itself alone.
+        The shape and dtype of the query. A row of an empty prefix sees itself alone.
 
     Raises:
         KernelInputError: a wrong type, shape, dtype or device.
         RuntimeError: in a second derivative, or under forward-mode AD.
     """
-    _check(query, key, value, spans)
+    if rows_only and len(spans.prefix) != 1:
+        raise bad("spans", f"{len(spans.prefix)} groups", "one group where rows_only is set")
+    skip = spans.prefix[0] if rows_only else 0
+    _check(query, key, value, spans, skip)
     no_forward_mode("group_attention", query, key, value)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    if not spans.tokens or _backend("group_attention", query) == "reference":
-        return group_attention_ref(query, key, value, spans, scale)
+    if not len(query) or _backend("group_attention", query) == "reference":
+        return group_attention_ref(query, key, value, spans, scale, rows_only=rows_only)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     counts, lengths = [len(group) for group in spans.rows], [n for group in spans.rows for n in group]
-    out: torch.Tensor = group_attention_fwd(query, key, value, list(spans.prefix), counts, lengths, scale)[0]
+    out: torch.Tensor = group_attention_fwd(query, key, value, list(spans.prefix), counts, lengths, scale, skip)[0]
     return out
 
 
 def group_attention_ref(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: GroupSpans, scale: Optional[float] = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: GroupSpans,
+    scale: Optional[float] = None,
+    *,
+    rows_only: bool = False,
 ) -> torch.Tensor:
     """The mathematics of `group_attention` in plain PyTorch, differentiable everywhere; [T, T] scores a group."""
     dtype, repeat = compute_dtype(query), query.shape[1] // max(key.shape[1], 1)
     scale = query.shape[2] ** -0.5 if scale is None else scale
     pieces = []
+    skip = spans.prefix[0] if rows_only else 0
     for start, end, prefix, rows in zip(spans.starts[:-1], spans.starts[1:], spans.prefix, spans.rows, strict=True):
-        q, k, v = (x[start:end].to(dtype).transpose(0, 1) for x in (query, key, value))
+        tokens = (query[max(start - skip, 0) : end - skip], key[start:end], value[start:end])
+        q, k, v = (x.to(dtype).transpose(0, 1) for x in tokens)
         k, v = (x.repeat_interleave(repeat, dim=0) for x in (k, v))
         scores = scale * q @ k.transpose(1, 2)
         owner = torch.tensor([0] * prefix + [i + 1 for i, n in enumerate(rows) for _ in range(n)], device=query.device)
         sees = (owner[:, None] == owner) | (owner == 0)
         sees &= torch.ones_like(sees).tril()
-        pieces.append((scores.masked_fill(~sees, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+        pieces.append((scores.masked_fill(~sees[skip:], float("-inf")).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(pieces).to(query.dtype) if pieces else query * 1
 
 

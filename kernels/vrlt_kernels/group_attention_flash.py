@@ -37,16 +37,29 @@ class Packed(NamedTuple):
     value: torch.Tensor
     spans: GroupSpans
     scale: float
+    skip: int = 0
+    """Tokens at the front that have no queries: 0, or all of the only prefix."""
 
 
 def forward(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
     """Merged out [N, Hq, d] in the query's dtype, and lse [N, Hq] fp32 (fp64 for fp64)."""
+    if x.skip:
+        out, lse = forward(_rows_alone(x))
+        return merge(out, lse, *_segment(x.query, x.key[: x.skip], x.value[: x.skip], x.scale, causal=False))
     return (_forward_cuda if x.query.is_cuda else _forward_cpu)(x)
 
 
 def backward(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
     """Gradients of query, key and value. Both calls get the merged output and lse: then their sum is exact."""
+    if x.skip:
+        dq, dk, dv = backward(grad, _rows_alone(x), out, lse)
+        more = _segment_backward(grad, x.query, x.key[: x.skip], x.value[: x.skip], out, lse, x.scale)
+        return dq + more[0], torch.cat([more[1], dk]), torch.cat([more[2], dv])
     return (_backward_cuda if x.query.is_cuda else _backward_cpu)(grad, x, out, lse)
+
+
+def _rows_alone(x: Packed) -> Packed:
+    return Packed(x.query, x.key[x.skip :], x.value[x.skip :], GroupSpans((0,), x.spans.rows), x.scale)
 
 
 def chunk(
@@ -80,6 +93,31 @@ def _segment(
     return out.permute(2, 0, 1, 3).flatten(1, 2), sums.permute(2, 0, 1).flatten(1, 2)
 
 
+def _segment_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> Three:
+    """Gradients of queries and keys of one segment, which isn't causal."""
+    if query.is_cuda:
+        none = torch.empty(2, dtype=torch.uint64, device=query.device)
+        ends = [torch.tensor([0, n], dtype=torch.int32, device=query.device) for n in (len(query), len(key))]
+        parts = (grad.contiguous(), query, key, value, out, lse.transpose(0, 1).contiguous())
+        dq, dk, dv = _cuda_backward(*parts, *ends, len(query), len(key), 0.0, False, none, none, scale=scale)
+        return dq, dk, dv
+    kv, repeat = key.shape[1], query.shape[1] // key.shape[1]
+    q, o, g = (_by_kv(t, kv) for t in (query, out, grad))
+    k, v = (_by_kv(t, kv).expand(-1, repeat, -1, -1) for t in (key, value))
+    found = _cpu_backward(g, q, k, v, o, lse.unflatten(1, (kv, -1)).permute(1, 2, 0), 0.0, False, scale=scale)
+    dq = found[0].permute(2, 0, 1, 3).flatten(1, 2)
+    dk, dv = (t.sum(1).transpose(0, 1) for t in found[1:])
+    return dq, dk, dv
+
+
 def _by_kv(x: torch.Tensor, kv: int) -> torch.Tensor:
     """[n, H, d] as a view [kv, H / kv, n, d]: query heads beside the key head that they read."""
     view: torch.Tensor = x.unflatten(1, (kv, -1)).permute(1, 2, 0, 3)
@@ -87,7 +125,7 @@ def _by_kv(x: torch.Tensor, kv: int) -> torch.Tensor:
 
 
 def _forward_cpu(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, spans, scale = x
+    query, key, value, spans, scale, _ = x
     kv, repeat = key.shape[1], query.shape[1] // key.shape[1]
     q, k, v = _by_kv(query, kv), _by_kv(key, kv), _by_kv(value, kv)
     k, v = (t.expand(-1, repeat, -1, -1) for t in (k, v))
@@ -125,7 +163,7 @@ def _own_forward(x: Packed, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def _backward_cpu(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
-    query, key, value, spans, scale = x
+    query, key, value, spans, scale, _ = x
     kv, repeat = key.shape[1], query.shape[1] // key.shape[1]
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
     if any(spans.row_tokens):
@@ -207,7 +245,7 @@ def _cross_places(spans: GroupSpans, device: torch.device) -> Tuple[torch.Tensor
 
 
 def _forward_cuda(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, spans, scale = x
+    query, key, value, spans, scale, _ = x
     own, *cross = _cuda_calls(spans, query.device)
     out, lse, *_ = _cuda(query, key, value, *own, 0.0, True, False, scale=scale)
     lse = lse.transpose(0, 1).contiguous()
@@ -219,7 +257,7 @@ def _forward_cuda(x: Packed) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 def _backward_cuda(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
-    query, key, value, spans, scale = x
+    query, key, value, spans, scale, _ = x
     own, *cross = _cuda_calls(spans, query.device)
     none = torch.empty(2, dtype=torch.uint64, device=query.device)  # random state of a dropout that there isn't
     sums = lse.transpose(0, 1).contiguous()

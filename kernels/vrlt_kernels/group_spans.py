@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Iterator, Sequence, Tuple
 
 import torch
 
@@ -75,6 +76,50 @@ class GroupSpans:
         if found is None:
             found = self._kept[name, device] = torch.tensor(values, dtype=dtype).to(device)
         return found
+
+    def floors(self, device: torch.device) -> torch.Tensor:
+        """int32 [N]: where the prefix or row that a token belongs to begins."""
+        if ("floors", device) not in self._kept:
+            lengths = torch.tensor(self.segments, dtype=torch.int64)
+            starts = (lengths.cumsum(0) - lengths).to(torch.int32)
+            self._kept["floors", device] = starts.repeat_interleave(lengths).to(device)
+        return self._kept["floors", device]
+
+    def tiles(self, of: str, block: int, device: torch.device, *, skip: bool = False) -> torch.Tensor:
+        """int32 [tiles, 5]: up to ``block`` tokens of one prefix, or of the rows of one group, and what meets them.
+
+        Columns: first token and end of the tile; for queries, where the own keys of the first one begin, then start
+        and end of the prefix that rows see; for keys, where the own queries of the last one end, then start and end of
+        the rows that see a prefix. The longest work comes first.
+
+        Args:
+            skip: prefixes have keys but no queries.
+        """
+        name = f"{of} by {block}, {skip}"
+        if (name, device) not in self._kept:
+            groups = range(len(self.prefix))
+            make = self._query_tiles if of == "queries" else self._key_tiles
+            table = [tile for g in groups for tile in make(g, block, skip)]
+            table.sort(key=lambda t: -(abs(t[2] - (t[1] if of == "queries" else t[0])) + t[4] - t[3]))
+            return self.index(name, [n for tile in table for n in tile], torch.int32, device).view(-1, 5)
+        return self._kept[name, device].view(-1, 5)
+
+    def _query_tiles(self, g: int, block: int, skip: bool) -> Iterator[Tuple[int, ...]]:
+        start, middle, end = self.starts[g], self.starts[g] + self.prefix[g], self.starts[g + 1]
+        ends = [begin + n for begin, n in zip(self.row_starts[g], self.rows[g], strict=True)]
+        for first in range(middle if skip else start, middle, block):
+            yield first, min(first + block, middle), start, 0, 0
+        for first in range(middle, end, block):
+            yield first, min(first + block, end), self.row_starts[g][bisect_right(ends, first)], start, middle
+
+    def _key_tiles(self, g: int, block: int, skip: bool) -> Iterator[Tuple[int, ...]]:
+        start, middle, end = self.starts[g], self.starts[g] + self.prefix[g], self.starts[g + 1]
+        ends = [begin + n for begin, n in zip(self.row_starts[g], self.rows[g], strict=True)]
+        for first in range(start, middle, block):
+            yield first, min(first + block, middle), first if skip else middle, middle, end
+        for first in range(middle, end, block):
+            last = min(first + block, end)
+            yield first, last, ends[bisect_right(ends, last - 1)], 0, 0
 
     def padded_rows(self, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, int]:
         """Rows that aren't empty as a rectangle: places int64 [rows * R] in the sequence, padding taking the row's

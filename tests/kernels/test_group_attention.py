@@ -70,6 +70,31 @@ def test_equals_the_reference(spans, heads, backend, seed):
         torch.testing.assert_close(ours.double(), right, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("lengths", [[70, 65, 1], [0, 3, 0], [1] * 9], ids=str)
+@pytest.mark.parametrize("prefix", [0, 1, 300])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_rows_behind_a_prefix_that_was_computed_before(lengths, prefix, heads, backend, seed):
+    """The tail of the packed call; its gradients when no gradient comes in at the prefix."""
+    spans = GroupSpans.of([prefix], [lengths])
+    inputs = tensors(spans, heads, 16, seed)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    rows = partial(group_attention, rows_only=True)
+    with use_backend(backend):
+        tail = inputs[0].detach()[prefix:].requires_grad_()
+        out, grads = run(lambda q, k, v, *rest: rows(q, k, v, *rest), [tail, *inputs[1:]], spans, 0.3)
+    exact, exact_grads = run(lambda *x: group_attention_ref(*x)[prefix:], doubles, spans, 0.3)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=2e-6)
+    for ours, right in zip(grads, (exact_grads[0][prefix:], *exact_grads[1:]), strict=True):
+        torch.testing.assert_close(ours.double(), right, atol=4e-5, rtol=2e-5)
+
+
+def test_rows_alone_need_one_group(seed):
+    spans = GroupSpans.of([4, 1], [[2], [1]])
+    with pytest.raises(KernelInputError, match="one group"):
+        group_attention(*(x.detach() for x in tensors(spans, (4, 2), 8, seed)), spans, rows_only=True)
+
+
 @compiled
 def test_pieces_of_a_long_prefix_are_added_up_alike_with_any_threads(seed):
     """A group so long that its backward pass is cut into pieces, with heads of a width that fills no vectors."""
@@ -128,7 +153,7 @@ def test_gradcheck_and_opcheck(seed):
     spans = GroupSpans.of([3, 2], [[2, 1], []])
     inputs = tensors(spans, (2, 1), 4, seed, torch.float64)
     assert torch.autograd.gradcheck(lambda *x: group_attention(*x, spans), inputs)
-    rest = ([3, 2], [2, 0], [2, 1], 0.5)
+    rest = ([3, 2], [2, 0], [2, 1], 0.5, 0)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(group_attention_fwd, (*inputs, *rest), test_utils=tests)
     plain = [x.detach() for x in inputs]

@@ -14,6 +14,7 @@ from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.errors import DataError, SetupError
 from vrlt_fast.model import vision
 from vrlt_fast.model.language import target_hidden, target_logprobs
+from vrlt_fast.model.layers import set_layers
 from vrlt_fast.model.layout import build_layout, response_row
 from vrlt_fast.model.load import MODELS, enable_recompute, load_model
 from vrlt_fast.model.positions import mrope_positions
@@ -25,6 +26,7 @@ from vrlt_fast.rollout.engine import generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.preprocess import Clip
+from vrlt_kernels import report
 
 PROMPT = PromptConfig(think=False)
 LINE = {
@@ -213,9 +215,10 @@ def test_rollouts_have_the_log_probs_that_are_trained_on(lm, sample, clips):
     assert stats.frames_encoded == 8 + 2 + 2
 
 
+@pytest.mark.parametrize("piece", [0, 3])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_shared_prefixes_are_verified(folder, sample, clips, seed, recompute):
-    """fp32: videos and images, groups of 1, 2 and 8 ragged rows."""
+def test_shared_prefixes_are_verified(folder, sample, clips, seed, recompute, piece):
+    """fp32: videos and images, groups of 1, 2 and 8 ragged rows, packed or in stages."""
     lm = open_tiny(folder, freeze=False)
     if recompute:
         enable_recompute(lm)
@@ -225,10 +228,27 @@ def test_shared_prefixes_are_verified(folder, sample, clips, seed, recompute):
         [response_row(p, torch.randint(9, 200, (n,), generator=generator).tolist()) for n in lengths]
         for p, lengths in zip(prompts, ([3], [1, 7], [5, 2, 9, 1, 4, 3, 8, 6]), strict=True)
     ]
-    found = verify_shared_prefix(lm, prompts, rows, 1.2)
+    found = verify_shared_prefix(lm, prompts, rows, 1.2, piece=piece)
     assert found.logprob < 1e-5
     assert found.gradient < 2e-5, found.parameter
     assert all(p.grad is None for p in lm.module.parameters())
+
+
+def test_fused_layers_are_the_models_own(folder, sample, clips, seed):
+    lm, found = open_tiny(folder, freeze=False), []
+    prompts = prompts_of(lm, sample, clips)
+    tokens = torch.randint(9, 200, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
+    layout = build_layout(prompts, [[response_row(p, tokens), response_row(p, tokens[:1])] for p in prompts])
+    for layers in ("auto", "torch"):
+        set_layers(lm.module, layers)
+        lm.module.zero_grad()
+        logp, _ = target_logprobs(lm, layout, shared_vision(lm, prompts))
+        logp.sum().backward()
+        found.append((logp.detach(), {n: p.grad for n, p in lm.module.named_parameters() if p.grad is not None}))
+    assert {"rms_norm", "swiglu"} <= report().keys()
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
+    for name, expected in found[1][1].items():
+        assert (found[0][1][name] - expected).norm() < 2e-5 * expected.norm() + 1e-9, name
 
 
 def test_rollouts_have_the_log_probs_of_transformers_full_forward(lm, theirs, sample, clips, seed):

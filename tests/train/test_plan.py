@@ -12,7 +12,7 @@ import torch
 from vrlt_fast.errors import SetupError
 from vrlt_fast.report.console import Console
 from vrlt_fast.train import stages
-from vrlt_fast.train.plan import fitting, largest, micro_batches, out_of_memory, piece_tokens
+from vrlt_fast.train.plan import fitting, largest, out_of_memory, piece_tokens, update_units
 from vrlt_fast.train.scored import ScoredGroup
 from vrlt_fast.train.trainer import train
 
@@ -29,9 +29,14 @@ def test_limits_hold_and_nothing_is_lost(seed):
     for _ in range(200):
         groups = [group(rng.randint(1, 50), [rng.randint(1, 30) for _ in range(rng.randint(1, 8))]) for _ in range(5)]
         rows, tokens = rng.randint(1, 20), rng.choice([0, 1, 40, 100, 1000])
-        batches = micro_batches(groups, rows, tokens)
+        units = update_units(groups, rows, tokens)
+        batches = [batch for unit in units for batch in unit]
         found = [(s.group, i) for batch in batches for s in batch for i in s.trained]
         assert found == [(s.group, i) for s in groups for i in s.trained]
+        for unit in units:  # pieces of one group share its prompt
+            assert len(unit) == 1 or len({id(s.group) for batch in unit for s in batch}) == 1
+        cut = [id(unit[0][0].group) for unit in units if len(unit) > 1]
+        assert not {id(s.group) for unit in units if len(unit) == 1 for s in unit[0]} & set(cut)
         for batch in batches:
             assert batch
             alone = len(batch) == 1
@@ -41,7 +46,7 @@ def test_limits_hold_and_nothing_is_lost(seed):
 
 
 def test_rows_that_are_not_trained_take_no_room():
-    assert largest(micro_batches([group(10, [5, 100, 7], trained=(0, 2))], 8)) == 22
+    assert largest(update_units([group(10, [5, 100, 7], trained=(0, 2))], 8)) == 22
     assert largest([]) == 0
 
 
@@ -49,7 +54,7 @@ def test_halves_until_it_fits():
     groups, seen, undone = [group(10, [5] * 8), group(4, [3] * 4)], [], []
 
     def run(tokens):
-        size = largest(micro_batches(groups, 64, tokens))
+        size = largest(update_units(groups, 64, tokens))
         seen.append(size)
         if size > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")

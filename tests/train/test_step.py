@@ -17,7 +17,7 @@ from vrlt_fast.rollout.engine import GroupEngine, generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.optim import apply_step, make_optimizer
-from vrlt_fast.train.plan import micro_batches
+from vrlt_fast.train.plan import update_units
 from vrlt_fast.train.scored import StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.step import grpo_backward, score_old
 
@@ -125,12 +125,14 @@ def test_micro_batches_do_not_change_the_gradient(lm, groups, seed, reduction):
         how = {"micro_rows": micro_rows, "micro_tokens": tokens, "held": vision}
         stats = grpo_backward(lm, reference, scored, config, temperature=T, **how)
         found.append((gradients(lm), stats))
-    assert [len(micro_batches(scored, n)) for n in (64, 4, 1)] == [1, 4, 4]
+    assert [len(update_units(scored, n)) for n in (64, 4, 1)] == [1, 4, 4]
+    assert len(update_units(scored, 64, 1)[1]) == 4
     for gradient, stats in found[1:]:
         same(gradient, found[0][0], 1e-6)
         assert (stats.loss, stats.kl, stats.entropy) == pytest.approx(
             (found[0][1].loss, found[0][1].kl, found[0][1].entropy), rel=1e-6, abs=1e-9
         )
+        assert stats.tokens_trained == found[0][1].tokens_trained  # a prompt is computed once, in stages too
 
 
 def test_kl_has_no_gradient_where_reference_and_policy_agree(lm, groups, seed):

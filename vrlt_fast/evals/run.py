@@ -186,7 +186,7 @@ def evaluate_folder(
     if not config.data.eval:
         raise ConfigError(Problem("VRLT-C04", "nothing to evaluate on", "data.eval", fix="pass --data FILE.jsonl"))
     samples = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
-    lm = load_model(config.model, inspect_model(config.model.name))
+    lm = load_model(config.model, inspect_model(config.model.name), config.kernels.layers)
     count = 0
 
     def tick(n: int) -> None:

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from vrlt_fast.config import ModelConfig
 from vrlt_fast.errors import Problem, SetupError
 from vrlt_fast.model.attention import PASS, SEGMENTS
+from vrlt_fast.model.layers import Layers, set_layers
 from vrlt_fast.model.patch_embed import fold_normalize_, linear_patches_
 from vrlt_fast.video.preprocess import Geometry
 
@@ -202,11 +203,12 @@ def enable_recompute(lm: VideoLM) -> None:
     (newer or lm.module.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
+def load_model(model: ModelConfig, info: ModelInfo | None = None, layers: Layers = "auto") -> VideoLM:
     """Open a model for training or evaluation on ``model.device`` in ``model.dtype``.
 
     Raises:
-        SetupError: as :func:`inspect_model`, and M04 when weights are missing, left over or of the wrong shape.
+        SetupError: as :func:`inspect_model` and :func:`~vrlt_fast.model.layers.set_layers`, and M04 when weights are
+            missing, left over or of the wrong shape.
     """
     quiet_transformers()
     info = info or inspect_model(model.name)
@@ -238,6 +240,7 @@ def load_model(model: ModelConfig, info: ModelInfo | None = None) -> VideoLM:
     module.to(device)
     module.train()
     linear_patches_(module.model.visual)
+    set_layers(module, layers)
     if model.freeze_vision:
         module.model.visual.requires_grad_(False)
         fold_normalize_(module.model.visual, info.mean, info.std)

@@ -13,6 +13,7 @@ from vrlt_fast.model.language import make_inputs, run_text, score_hidden, target
 from vrlt_fast.model.layout import Row, build_layout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.model.staged import StagedPrompt
 from vrlt_fast.model.vision import VisionEmbeds, shared_vision
 
 
@@ -51,24 +52,43 @@ class PrefixCheck:
 
 
 def verify_shared_prefix(
-    lm: VideoLM, prompts: Sequence[Prompt], rows: Sequence[Sequence[Row]], temperature: float = 1.0
+    lm: VideoLM,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Sequence[Row]],
+    temperature: float = 1.0,
+    *,
+    piece: int = 0,
 ) -> PrefixCheck:
     """Compare log-probs, and the gradients of a weighted sum of them, of the shared and the replicated pass.
 
     Gradients that the parameters hold are dropped.
+
+    Args:
+        piece: rows of a piece, where the shared pass is to go in stages; 0: all groups are packed into one pass.
     """
     layout = build_layout(prompts, rows, device=lm.device)
     weights = torch.linspace(-1.0, 1.0, len(layout.targets), device=lm.device)
+    stages: list[StagedPrompt] = []
+
+    def shared(vision: VisionEmbeds) -> torch.Tensor:
+        if not piece:
+            return target_logprobs(lm, layout, vision, temperature)[0]
+        stages.extend(StagedPrompt(lm, p, shared_vision(lm, [p])) for p in prompts)
+        pairs = zip(stages, rows, strict=True)
+        cut = [(stage, group[i : i + piece]) for stage, group in pairs for i in range(0, len(group), piece)]
+        return torch.cat([stage.logprobs(part, temperature)[0] for stage, part in cut])
 
     def run(logprobs: Callable[[VisionEmbeds], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         lm.module.zero_grad(set_to_none=True)
         logp = logprobs(shared_vision(lm, prompts))
         torch.autograd.backward((logp * weights).sum())
+        while stages:
+            stages.pop().backward()
         found = {name: p.grad for name, p in lm.module.named_parameters() if p.grad is not None}
         lm.module.zero_grad(set_to_none=True)
         return logp.detach(), found
 
-    ours, gradients = run(lambda vision: target_logprobs(lm, layout, vision, temperature)[0])
+    ours, gradients = run(shared)
     right, expected = run(lambda vision: replicated_logprobs(lm, prompts, rows, vision, temperature)[0])
     if gradients.keys() != expected.keys():
         raise RuntimeError(f"other parameters have gradients: {sorted(gradients.keys() ^ expected.keys())}")

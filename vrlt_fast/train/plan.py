@@ -13,22 +13,29 @@ from vrlt_fast.train.scored import ScoredGroup
 
 T = TypeVar("T")
 MicroBatch = list[ScoredGroup]
+Unit = list[MicroBatch]
+"""Micro-batches whose prompts are computed once: one micro-batch of whole groups, or the pieces of one group."""
 
 
-def micro_batches(scored: Sequence[ScoredGroup], micro_rows: int, micro_tokens: int = 0) -> list[MicroBatch]:
+def update_units(scored: Sequence[ScoredGroup], micro_rows: int, micro_tokens: int = 0) -> list[Unit]:
     """Groups in order, packed into micro-batches of at most ``micro_rows`` responses, but at least one group.
 
     With ``micro_tokens`` a micro-batch has no more tokens of prompts and responses either: a group that is larger alone
-    is cut between its responses, each piece behind its prompt, down to one response.
+    is cut between its responses, down to one response.
     """
-    out: list[MicroBatch] = []
+    out: list[Unit] = []
     rows = tokens = 0
-    for piece in (p for group in scored for p in _pieces(group, micro_tokens)):
-        size, n = piece_tokens(piece), len(piece.trained)
+    for group in scored:
+        pieces = list(_pieces(group, micro_tokens))
+        size, n = piece_tokens(group), len(group.trained)
+        if len(pieces) > 1:
+            out.append([[piece] for piece in pieces])
+            rows = micro_rows  # nothing joins the last piece
+            continue
         if not out or rows + n > micro_rows or (micro_tokens and tokens + size > micro_tokens):
-            out.append([])
+            out.append([[]])
             rows = tokens = 0
-        out[-1].append(piece)
+        out[-1][0].append(group)
         rows, tokens = rows + n, tokens + size
     return out
 
@@ -38,9 +45,9 @@ def piece_tokens(group: ScoredGroup) -> int:
     return len(group.group.request.prompt) + group.tokens
 
 
-def largest(batches: Sequence[MicroBatch]) -> int:
-    """Tokens of the largest micro-batch."""
-    return max((sum(map(piece_tokens, batch)) for batch in batches), default=0)
+def largest(units: Sequence[Unit]) -> int:
+    """Tokens of the largest micro-batch, with its prompts."""
+    return max((sum(map(piece_tokens, batch)) for unit in units for batch in unit), default=0)
 
 
 def _pieces(group: ScoredGroup, most: int) -> Iterator[ScoredGroup]:
@@ -87,9 +94,9 @@ def fitting(
         undo()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        before = largest(micro_batches(scored, micro_rows, micro_tokens))
+        before = largest(update_units(scored, micro_rows, micro_tokens))
         micro_tokens = max(before // 2, 1)
-        if largest(micro_batches(scored, micro_rows, micro_tokens)) >= before:
+        if largest(update_units(scored, micro_rows, micro_tokens)) >= before:
             what = f"out of memory in the update, with micro-batches of {before} tokens, which can't be cut further"
             fix = "set train.recompute = true, lower video.max_frames or video.max_pixels, or allow shorter responses"
             raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))

@@ -84,7 +84,8 @@ def _train(config: Config, replicas: Replicas, console: Console, *, resume: bool
     for problem in inputs.broken:
         console.warn(f"will be left out: {problem}")
     torch.manual_seed(config.train.seed)
-    lm = load_model(config.model, inputs.info)  # before there is a run folder: weights that don't fit leave none
+    # before there is a run folder: weights that don't fit leave none
+    lm = load_model(config.model, inputs.info, config.kernels.layers)
     if config.lora.rank:
         add_lora(lm, config.lora)
     run_dir = Path(config.train.out)
@@ -271,7 +272,7 @@ class Trainer:
         if self.config.lora.rank and is_frozen(self.lm):
             adapters = saved_adapters(load_checkpoint(start).tensors) if start else None
             return AdapterReference(self.lm, adapters)
-        reference = load_model(self.config.model, self.inputs.info)
+        reference = load_model(self.config.model, self.inputs.info, self.config.kernels.layers)
         if start:
             load_weights_into(start, reference.module)
         reference.module.requires_grad_(False)

@@ -1,0 +1,87 @@
+"""A group that is too large for one pass, in stages: its prompt once, then its responses in any number of pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vrlt_fast.model.language import Inputs, make_inputs, run_text, score_hidden
+from vrlt_fast.model.layout import Row, build_layout
+from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.model.vision import VisionEmbeds
+from vrlt_kernels import GroupSpans, group_attention
+
+KeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values [P, Hk, d] of a prompt, by layer."""
+
+
+class _PromptPass:
+    """The prompt alone; keeps what its layers have of it."""
+
+    def __init__(self, tokens: int):
+        self._spans = GroupSpans((tokens,), ((),))
+        self.kept: KeyValues = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.kept.setdefault(layer, (key, value))  # a layer that is computed again comes by a second time
+        return group_attention(query, key, value, self._spans, scale)
+
+
+class _RowsPass:
+    """Rows behind the prompt that was computed before."""
+
+    def __init__(self, spans: GroupSpans, prompt: KeyValues):
+        self._spans, self._prompt = spans, prompt
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        keys, values = (torch.cat(pair) for pair in zip(self._prompt[layer], (key, value), strict=True))
+        return group_attention(query, keys, values, self._spans, scale, rows_only=True)
+
+
+class StagedPrompt:
+    """A prompt's forward pass, cut off from those of its responses: its keys, values and last hidden state are leaves,
+    in which the gradients of all pieces add up, in the type of the activations; :meth:`backward` takes them through the
+    prompt in one pass. Exact, and holds the prompt's activations and those of one piece.
+
+    Args:
+        vision: the visual tokens of the prompt's media in order.
+    """
+
+    def __init__(self, lm: VideoLM, prompt: Prompt, vision: VisionEmbeds):
+        self._lm, self._prompt = lm, prompt
+        layout = build_layout([prompt], [[]], device=lm.device)
+        inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
+        prompt_pass = _PromptPass(len(prompt))
+        hidden = run_text(lm, inputs, prompt_pass)
+        self._made = [hidden[-1:], *(tensor for pair in prompt_pass.kept.values() for tensor in pair)]
+        self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._made]
+        pairs = zip(self._leaves[1::2], self._leaves[2::2], strict=True)
+        self._keys_values: KeyValues = dict(zip(prompt_pass.kept, pairs, strict=True))
+
+    def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :func:`~vrlt_fast.model.language.target_logprobs` of the prompt and these rows."""
+        lm, prefix = self._lm, len(self._prompt)
+        layout = build_layout([self._prompt], [rows], device=lm.device)
+        hidden = [self._leaves[0]]
+        if layout.spans.tokens > prefix:
+            embeds = lm.module.get_input_embeddings()(layout.ids[prefix:])
+            inputs = Inputs(embeds, layout.positions[:, prefix:])
+            hidden.append(run_text(lm, inputs, _RowsPass(layout.spans, self._keys_values)))
+        sources = torch.cat(hidden).index_select(0, layout.source - (prefix - 1))
+        out = score_hidden(lm, sources, layout.targets, temperature)
+        return out.logp, out.entropy.detach()
+
+    def backward(self) -> None:
+        """Accumulate the gradients of parameters, and of the visual tokens, from what the leaves have collected."""
+        pairs = [
+            (made, leaf.grad) for made, leaf in zip(self._made, self._leaves, strict=True) if leaf.grad is not None
+        ]
+        self._made, self._leaves, self._keys_values = [], [], {}
+        if pairs:
+            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])

@@ -20,6 +20,7 @@ def cases() -> Iterator[Case]:
     yield from _policies()
     yield from _patches()
     yield from _decodes()
+    yield from _attentions()
 
 
 def _logits(dtype: torch.dtype, rows: int = 8, vocab: int = VOCAB) -> torch.Tensor:
@@ -129,3 +130,22 @@ def _decodes() -> Iterator[Case]:
         query = torch.zeros(rows, queries, dim, dtype=dtype)
         label = f"{str(dtype).removeprefix('torch.')}, {queries}/{shared} heads of {dim}, {rows} rows"
         yield label, partial(group_decode, query, prefix, prefix, suffix, suffix, **layout)
+
+
+def _attentions() -> Iterator[Case]:
+    """Forward and backward of a group; rows behind a prefix that was computed before launch the same kernels."""
+    from vrlt_kernels.group_attention import GroupSpans, group_attention
+
+    spans = GroupSpans.of([256], [[100, 70]])
+    wanted = [(torch.bfloat16, 28, 4, 128), (torch.bfloat16, 16, 16, 80), (torch.bfloat16, 8, 4, 256),
+              (torch.float32, 6, 2, 32)]  # fmt: skip
+
+    def run(query: torch.Tensor, keys: torch.Tensor) -> None:
+        out = group_attention(query, keys, keys, spans)
+        torch.autograd.backward(out, torch.zeros_like(out))
+
+    for dtype, queries, shared, dim in wanted:
+        keys = torch.zeros(spans.tokens, shared, dim, dtype=dtype, requires_grad=True)
+        query = torch.zeros(spans.tokens, queries, dim, dtype=dtype, requires_grad=True)
+        label = f"{str(dtype).removeprefix('torch.')}, {queries}/{shared} heads of {dim}"
+        yield label, partial(run, query, keys)

@@ -32,13 +32,20 @@ def _tile(tiles, index):
 
 
 @triton.jit
-def _rows_of(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Vectors of tokens first..first + BLOCK, zeros from ``end`` on. Only the first offset is 64 bits wide."""
+def _rows_of(
+    base, first, end, stride, BOUND: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Vectors of tokens first..first + BLOCK; where BOUND, zeros from ``end`` on. Only the first offset is 64 bits."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
-    inside = (first + rows < end)[:, None] & (dims < D)[None, :]
     at = base + tl.full((), first, tl.int64) * stride
-    return tl.load(at + (rows[:, None] * stride + dims[None, :]), mask=inside, other=0.0)
+    offsets = rows[:, None] * stride + dims[None, :]
+    if BOUND:
+        return tl.load(at + offsets, mask=(first + rows < end)[:, None] & (dims < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(at + offsets)
+    else:
+        return tl.load(at + offsets, mask=(dims < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -59,35 +66,38 @@ def _numbers(base, first, end, stride, other, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _read(
-    q, key, value, acc, top, total, low, high, begin, end, key_stride, value_stride, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys begin..end, of which a query sees low..high where MASKED, else all."""
-    for start in range(begin, end, BLOCK_N):
-        k = _rows_of(key, start, end, key_stride, BLOCK_N, D, BLOCK_D)
-        v = _rows_of(value, start, end, value_stride, BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASKED:
-            at = start + tl.arange(0, BLOCK_N)
-            s = tl.where((at[None, :] >= low[:, None]) & (at[None, :] <= high[:, None]), s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        base = higher
-        if MASKED:  # a query that has seen nothing yet
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = higher
-    return acc, top, total
+def _plan(floors, first, end, low, begin, stop, INNER: tl.constexpr):
+    """Blocks of keys that every query of a tile sees: of others, and own ones from ``low`` on; then those with a mask:
+    1 if others are left, and own ones.
+    """
+    others = (stop - begin) // INNER
+    single = tl.load(floors + end - 1) == low
+    clear = tl.where(single, (first - low) // INNER, 0)
+    rest = tl.where(begin + others * INNER < stop, 1, 0)
+    return others, clear, rest, (end - low - clear * INNER + INNER - 1) // INNER
 
 
 @triton.jit
-def _clear(floors, first, end, low, BLOCK: tl.constexpr):
-    """End of the own keys, in whole blocks from ``low``, that every query of a tile sees."""
-    single = tl.load(floors + end - 1) == low
-    return low + tl.where(single, (first - low) // BLOCK * BLOCK, 0)
+def _read(
+    q, key, value, acc, top, total, low, high, start, end, key_stride, value_stride, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over a block of keys; where MASKED they end at ``end``, and a query sees low..high of them."""
+    k = _rows_of(key, start, end, key_stride, MASKED, BLOCK_N, D, BLOCK_D)
+    v = _rows_of(value, start, end, value_stride, MASKED, BLOCK_N, D, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        at = start + tl.arange(0, BLOCK_N)
+        s = tl.where((at[None, :] >= low[:, None]) & (at[None, :] <= high[:, None]), s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    base = higher
+    if MASKED:  # a query that has seen nothing yet
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, higher, total
 
 
 @triton.jit
@@ -111,35 +121,30 @@ def forward_kernel(
     lse = _before(lse + head, skip, HEADS)
     key += head // RATIO * key_head
     value += head // RATIO * value_head
-    q = _rows_of(query, first, end, query_stride, BLOCK, D, BLOCK_D)
+    q = _rows_of(query, first, end, query_stride, True, BLOCK, D, BLOCK_D)
     token = first + tl.arange(0, BLOCK)
     floor = tl.load(floors + token, mask=token < end, other=0)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    whole = begin + (stop - begin) // INNER * INNER
-    acc, top, total = _read(
-        q, key, value, acc, top, total, floor, token, begin, whole, key_stride, value_stride, scale,
-        False, D, INNER, BLOCK_D,
-    )  # fmt: skip
-    acc, top, total = _read(
-        q, key, value, acc, top, total, token * 0, token * 0 + (stop - 1), whole, stop, key_stride, value_stride,
-        scale, True, D, INNER, BLOCK_D,
-    )  # fmt: skip
-    clear = _clear(floors, first, end, low, INNER)
-    acc, top, total = _read(
-        q, key, value, acc, top, total, floor, token, low, clear, key_stride, value_stride, scale,
-        False, D, INNER, BLOCK_D,
-    )  # fmt: skip
-    acc, top, total = _read(
-        q, key, value, acc, top, total, floor, token, clear, end, key_stride, value_stride, scale,
-        True, D, INNER, BLOCK_D,
-    )  # fmt: skip
+    others, clear, rest, own = _plan(floors, first, end, low, begin, stop, INNER)
+    for j in range(0, others + clear):
+        start = tl.where(j < others, begin + j * INNER, low + (j - others) * INNER)
+        acc, top, total = _read(
+            q, key, value, acc, top, total, floor, token, start, end, key_stride, value_stride, scale,
+            False, D, INNER, BLOCK_D,
+        )  # fmt: skip
+    for j in range(0, rest + own):
+        start = tl.where(j < rest, begin + others * INNER, low + (clear + j - rest) * INNER)
+        acc, top, total = _read(
+            q, key, value, acc, top, total, tl.where(j < rest, 0, floor), tl.where(j < rest, stop - 1, token), start,
+            tl.where(j < rest, stop, end), key_stride, value_stride, scale, True, D, INNER, BLOCK_D,
+        )  # fmt: skip
     _put(out, acc / total[:, None], first, end, HEADS * D, BLOCK, D, BLOCK_D)
     tl.store(lse + token.to(tl.int64) * HEADS, (top + tl.log2(total)) * 0.6931471805599453, mask=token < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def delta_kernel(
     grad, out, delta, tokens, grad_stride, grad_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -147,8 +152,8 @@ def delta_kernel(
     """delta fp32 [N, HEADS]: dout . out of BLOCK tokens and a head."""
     first = tl.program_id(0) * BLOCK
     head = tl.program_id(1).to(tl.int64)
-    g = _rows_of(grad + head * grad_head, first, tokens, grad_stride, BLOCK, D, BLOCK_D)
-    o = _rows_of(out + head * D, first, tokens, HEADS * D, BLOCK, D, BLOCK_D)
+    g = _rows_of(grad + head * grad_head, first, tokens, grad_stride, True, BLOCK, D, BLOCK_D)
+    o = _rows_of(out + head * D, first, tokens, HEADS * D, True, BLOCK, D, BLOCK_D)
     token = first + tl.arange(0, BLOCK)
     at = token.to(tl.int64) * HEADS + head
     tl.store(delta + at, tl.sum(g.to(tl.float32) * o.to(tl.float32), 1), mask=token < tokens)
@@ -156,29 +161,27 @@ def delta_kernel(
 
 @triton.jit
 def _into_keys(
-    k, v, dk, dv, query, grad, lse, delta, floors, first, begin, end, query_stride, grad_stride, scale,
+    k, v, dk, dv, query, grad, lse, delta, floors, first, start, end, query_stride, grad_stride, scale,
     MASKED: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What queries begin..end of one head add to the keys ``first``..; where MASKED they see floor..self only."""
-    for start in range(begin, end, INNER):
-        q = _rows_of(query, start, end, query_stride, INNER, D, BLOCK_D)
-        g = _rows_of(grad, start, end, grad_stride, INNER, D, BLOCK_D)
-        # beyond the end p is 0, as of a query with an infinite sum
-        sums = _numbers(lse, start, end, HEADS, float("inf"), INNER) * 1.4426950408889634
-        inner = _numbers(delta, start, end, HEADS, 0.0, INNER)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-        if MASKED:
-            token = start + tl.arange(0, INNER)
-            floor = tl.load(floors + token, mask=token < end, other=0)
-            at = first + tl.arange(0, BLOCK)
-            sees = (at[:, None] >= floor[None, :]) & (at[:, None] <= token[None, :])
-            s = tl.where(sees, s, float("-inf"))
-        p = tl.exp2(s - sums[None, :])
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
-        ds = p * (dp - inner[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    """What a block of queries of one head adds to the keys ``first``..; where MASKED they see floor..self only."""
+    q = _rows_of(query, start, end, query_stride, True, INNER, D, BLOCK_D)
+    g = _rows_of(grad, start, end, grad_stride, True, INNER, D, BLOCK_D)
+    # beyond the end p is 0, as of a query with an infinite sum
+    sums = _numbers(lse, start, end, HEADS, float("inf"), INNER) * 1.4426950408889634
+    inner = _numbers(delta, start, end, HEADS, 0.0, INNER)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+    if MASKED:
+        token = start + tl.arange(0, INNER)
+        floor = tl.load(floors + token, mask=token < end, other=0)
+        at = first + tl.arange(0, BLOCK)
+        s = tl.where((at[:, None] >= floor[None, :]) & (at[:, None] <= token[None, :]), s, float("-inf"))
+    p = tl.exp2(s - sums[None, :])
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+    ds = p * (dp - inner[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -191,28 +194,29 @@ def _keys_backward(
 ):  # fmt: skip
     """dk and dv of a tile of keys of one KV head."""
     first, end, high, begin, stop = _tile(tiles, tile)
-    k = _rows_of(key + shared * key_head, first, end, key_stride, BLOCK, D, BLOCK_D)
-    v = _rows_of(value + shared * value_head, first, end, value_stride, BLOCK, D, BLOCK_D)
+    k = _rows_of(key + shared * key_head, first, end, key_stride, True, BLOCK, D, BLOCK_D)
+    v = _rows_of(value + shared * value_head, first, end, value_stride, True, BLOCK, D, BLOCK_D)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     single = tl.load(floors + end - 1) == tl.load(floors + first)
     near = tl.where(single, tl.minimum(first + (end - first + INNER - 1) // INNER * INNER, high), high)
+    far = (high - near + INNER - 1) // INNER
+    others = (stop - begin + INNER - 1) // INNER
     for index in range(RATIO):
         head = shared * RATIO + index
         q = query + head * query_head
         g = grad + head * grad_head
-        dk, dv = _into_keys(
-            k, v, dk, dv, q, g, lse + head, delta + head, floors, first, first, near, query_stride, grad_stride, base,
-            True, HEADS, D, BLOCK, INNER, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _into_keys(
-            k, v, dk, dv, q, g, lse + head, delta + head, floors, first, near, high, query_stride, grad_stride, base,
-            False, HEADS, D, BLOCK, INNER, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _into_keys(
-            k, v, dk, dv, q, g, lse + head, delta + head, floors, first, begin, stop, query_stride, grad_stride, base,
-            False, HEADS, D, BLOCK, INNER, BLOCK_D,
-        )  # fmt: skip
+        for start in range(first, near, INNER):
+            dk, dv = _into_keys(
+                k, v, dk, dv, q, g, lse + head, delta + head, floors, first, start, near, query_stride, grad_stride,
+                base, True, HEADS, D, BLOCK, INNER, BLOCK_D,
+            )  # fmt: skip
+        for j in range(0, far + others):
+            dk, dv = _into_keys(
+                k, v, dk, dv, q, g, lse + head, delta + head, floors, first,
+                tl.where(j < far, near + j * INNER, begin + (j - far) * INNER), tl.where(j < far, high, stop),
+                query_stride, grad_stride, base, False, HEADS, D, BLOCK, INNER, BLOCK_D,
+            )  # fmt: skip
     shape: tl.constexpr = HEADS // RATIO * D
     _put(into_key + shared * D, dk * scale, first, end, shape, BLOCK, D, BLOCK_D)
     _put(into_value + shared * D, dv, first, end, shape, BLOCK, D, BLOCK_D)
@@ -220,22 +224,20 @@ def _keys_backward(
 
 @triton.jit
 def _into_queries(
-    q, g, dq, sums, inner, key, value, low, high, begin, end, key_stride, value_stride, scale,
+    q, g, dq, sums, inner, key, value, low, high, start, end, key_stride, value_stride, scale,
     MASKED: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What keys begin..end add to queries, which see low..high of them where MASKED, else all."""
-    for start in range(begin, end, INNER):
-        k = _rows_of(key, start, end, key_stride, INNER, D, BLOCK_D)
-        v = _rows_of(value, start, end, value_stride, INNER, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if MASKED:
-            at = start + tl.arange(0, INNER)
-            s = tl.where((at[None, :] >= low[:, None]) & (at[None, :] <= high[:, None]), s, float("-inf"))
-        p = tl.exp2(s - sums[:, None])
-        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - inner[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
+    """What a block of keys adds to queries; where MASKED it ends at ``end``, and a query sees low..high of it."""
+    k = _rows_of(key, start, end, key_stride, MASKED, INNER, D, BLOCK_D)
+    v = _rows_of(value, start, end, value_stride, MASKED, INNER, D, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        at = start + tl.arange(0, INNER)
+        s = tl.where((at[None, :] >= low[:, None]) & (at[None, :] <= high[:, None]), s, float("-inf"))
+    p = tl.exp2(s - sums[:, None])
+    dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - inner[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit
@@ -249,31 +251,26 @@ def _queries_backward(
     first, end, low, begin, stop = _tile(tiles, tile)
     key += head // RATIO * key_head
     value += head // RATIO * value_head
-    q = _rows_of(query + head * query_head, first, end, query_stride, BLOCK, D, BLOCK_D)
-    g = _rows_of(grad + head * grad_head, first, end, grad_stride, BLOCK, D, BLOCK_D)
+    q = _rows_of(query + head * query_head, first, end, query_stride, True, BLOCK, D, BLOCK_D)
+    g = _rows_of(grad + head * grad_head, first, end, grad_stride, True, BLOCK, D, BLOCK_D)
     sums = _numbers(lse + head, first, end, HEADS, float("inf"), BLOCK) * 1.4426950408889634
     inner = _numbers(delta + head, first, end, HEADS, 0.0, BLOCK)
     token = first + tl.arange(0, BLOCK)
     floor = tl.load(floors + token, mask=token < end, other=0)
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    whole = begin + (stop - begin) // INNER * INNER
-    dq = _into_queries(
-        q, g, dq, sums, inner, key, value, floor, token, begin, whole, key_stride, value_stride, base,
-        False, D, INNER, BLOCK_D,
-    )  # fmt: skip
-    dq = _into_queries(
-        q, g, dq, sums, inner, key, value, token * 0, token * 0 + (stop - 1), whole, stop, key_stride, value_stride,
-        base, True, D, INNER, BLOCK_D,
-    )  # fmt: skip
-    clear = _clear(floors, first, end, low, INNER)
-    dq = _into_queries(
-        q, g, dq, sums, inner, key, value, floor, token, low, clear, key_stride, value_stride, base,
-        False, D, INNER, BLOCK_D,
-    )  # fmt: skip
-    dq = _into_queries(
-        q, g, dq, sums, inner, key, value, floor, token, clear, end, key_stride, value_stride, base,
-        True, D, INNER, BLOCK_D,
-    )  # fmt: skip
+    others, clear, rest, own = _plan(floors, first, end, low, begin, stop, INNER)
+    for j in range(0, others + clear):
+        start = tl.where(j < others, begin + j * INNER, low + (j - others) * INNER)
+        dq = _into_queries(
+            q, g, dq, sums, inner, key, value, floor, token, start, end, key_stride, value_stride, base,
+            False, D, INNER, BLOCK_D,
+        )  # fmt: skip
+    for j in range(0, rest + own):
+        start = tl.where(j < rest, begin + others * INNER, low + (clear + j - rest) * INNER)
+        dq = _into_queries(
+            q, g, dq, sums, inner, key, value, tl.where(j < rest, 0, floor), tl.where(j < rest, stop - 1, token), start,
+            tl.where(j < rest, stop, end), key_stride, value_stride, base, True, D, INNER, BLOCK_D,
+        )  # fmt: skip
     _put(into_query + head * D, dq * scale, first, end, HEADS * D, BLOCK, D, BLOCK_D)
 
 
@@ -321,11 +318,11 @@ def launch_config(shape: Shape) -> Dict[str, Any]:
     """Tiles, warps and stages of a direction."""
     dim = max(16, triton.next_power_of_2(shape.head_dim))
     if shape.dtype == torch.float32:  # no tensor cores: tiles live in registers
-        block, inner, warps, stages = 32, 32, 4, 1
-    elif dim <= 128:
-        block, inner, warps, stages = 128, 64, 8, 2 if shape.backward else 3
+        block, inner, warps, stages = 16, 16, 4, 1
+    elif shape.backward:
+        block, inner, warps, stages = (64, 32, 8, 2) if dim <= 128 else (32, 32, 8, 1)
     else:
-        block, inner, warps, stages = 64, 32, 8, 1 if shape.backward else 2
+        block, inner, warps, stages = (128, 64, 8, 3) if dim <= 128 else (64, 32, 8, 2)
     return {"BLOCK": block, "INNER": inner, "BLOCK_D": dim, "num_warps": warps, "num_stages": stages}
 
 

@@ -47,6 +47,13 @@ def decode(n):
     layout |= {"slots": ints[n % 2:][:n], "suffix_length": ints[:n]}
     vk.group_decode(torch.zeros(n, 6, 64), prefix, prefix, suffix, suffix, **layout, max_group=4, max_prefix=300 * n)
 
+def attention(n):
+    spans = vk.GroupSpans.of([n, 3], [[n, 2 * n], [1] * n])
+    key = torch.zeros(spans.tokens, 2, 32, requires_grad=True)
+    vk.group_attention(torch.zeros(spans.tokens, 4, 32), key, key, spans).sum().backward()
+    one = vk.GroupSpans.of([n], [[n]])
+    vk.group_attention(torch.zeros(n, 4, 32), key[:2 * n], key[:2 * n], one, rows_only=True).sum().backward()
+
 def everything(n):
     cu = torch.tensor([0, n // 2, 2 * n, 4 * n - 1, 4 * n])
     logits = torch.zeros(4 * n, 1000, dtype=torch.bfloat16, requires_grad=True)
@@ -60,6 +67,7 @@ def everything(n):
     vk.policy_loss(out.logp, cu, spec, entropy=out.entropy, **given).loss.backward()
     vk.grpo_loss(logits, target, cu, spec, temperature=0.1 * n, **given).loss.backward()
     decode(n)
+    attention(n)
     if n < 15:
         linear(n)
 
@@ -108,7 +116,8 @@ def test_with_the_oldest_triton(tmp_path: Path) -> None:
 def test_a_new_length_or_number_compiles_nothing() -> None:
     first, later = in_subprocess(["-c", LENGTHS])
     assert {name.partition(".")[0] for name in first} == {
-        "_rows_triton", "group_advantage_triton", "group_decode_triton", "policy_triton", "token_weight_triton"
+        "_rows_triton", "group_advantage_triton", "group_attention_triton", "group_decode_triton", "policy_triton",
+        "token_weight_triton",
     }  # fmt: skip
     assert later == []
 

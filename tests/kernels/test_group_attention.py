@@ -89,6 +89,60 @@ def test_rows_behind_a_prefix_that_was_computed_before(lengths, prefix, heads, b
         torch.testing.assert_close(ours.double(), right, atol=4e-5, rtol=2e-5)
 
 
+TRITON_CASES = [
+    (GroupSpans.of([6, 1, 40], [[2, 9], [1], [5] * 8]), (2, 1), 5),
+    (GroupSpans.of([0, 3], [[4, 2], [0, 3, 0]]), (2, 2), 16),
+    (GroupSpans.of([70], [[40, 18, 1]]), (2, 1), 16),
+]
+
+
+@pytest.mark.parametrize(("spans", "heads", "dim"), TRITON_CASES, ids=str)
+def test_triton_equals_the_reference(spans, heads, dim, seed):
+    """In the interpreter, which is slow."""
+    inputs = tensors(spans, heads, dim, seed)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact, exact_grads = run(group_attention_ref, doubles, spans, 0.3)
+    with use_backend("triton"):
+        out, grads = run(group_attention, inputs, spans, 0.3)
+        assert report()["group_attention"] == "triton (as asked)"
+        found = [((out, *grads), (exact, *exact_grads))]
+        if len(spans.prefix) == 1:
+            prefix = spans.prefix[0]
+            tail = [inputs[0].detach()[prefix:].requires_grad_(), *inputs[1:]]
+            out, grads = run(partial(group_attention, rows_only=True), tail, spans, 0.3)
+            exact, exact_grads = run(lambda *x: group_attention_ref(*x)[prefix:], doubles, spans, 0.3)
+            found.append(((out, *grads), (exact, exact_grads[0][prefix:], *exact_grads[1:])))
+    for ours, right in (pair for both in found for pair in zip(*both, strict=True)):
+        torch.testing.assert_close(ours.double(), right, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("block", [3, 16])
+@pytest.mark.parametrize("spans", CASES, ids=str)
+def test_tiles_meet_every_pair_once(spans, block):
+    """What queries of a tile see of keys by the tables, against the mask, from both sides."""
+    device = torch.device("cpu")
+    token, floors = torch.arange(spans.tokens), spans.floors(device)
+    prefix_of = torch.zeros(spans.tokens, 2, dtype=torch.int64)
+    for start, end, prefix in zip(spans.starts[:-1], spans.starts[1:], spans.prefix, strict=True):
+        prefix_of[start + prefix : end] = torch.tensor([start, start + prefix])
+    own = (token[None] >= floors[:, None]) & (token[None] <= token[:, None])
+    sees = own | ((token[None] >= prefix_of[:, :1]) & (token[None] < prefix_of[:, 1:]))
+
+    def span(begin, end):
+        return (token >= begin) & (token < end)
+
+    for side in ("queries", "keys"):
+        found = torch.zeros_like(sees, dtype=torch.int64)
+        for first, end, bound, begin, stop in spans.tiles(side, block, device).tolist():
+            assert first < end <= first + block
+            tile, others = span(first, end), span(begin, stop)
+            near = span(bound, end) if side == "queries" else span(first, bound)
+            for seen, mask in ((near, own), (others, torch.ones_like(own))):
+                rows, columns = (tile, seen) if side == "queries" else (seen, tile)
+                found += rows[:, None] & columns[None] & mask
+        assert torch.equal(found, sees.long())
+
+
 def test_rows_alone_need_one_group(seed):
     spans = GroupSpans.of([4, 1], [[2], [1]])
     with pytest.raises(KernelInputError, match="one group"):

@@ -1,0 +1,108 @@
+"""update: seconds of one GRPO update with prompts computed once a group, beside the ways in which others compute it.
+
+Teacher-forced ragged responses on videos of random pictures, everything trained, the same head, loss and checkpointing
+in all arms, and no arm is timed before its loss and every gradient agree with replicated rows. ``replicated``: a
+response behind its prompt, one at a time, tower included (EasyR1, verl). ``strong``: the same rows packed without
+padding at their best micro-batch, tower once a clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import BenchError, Claim, Record, records_of, summarize, write_result
+
+CASE = "update"
+SEED = 17
+CPU = "toy, P=1024, R=32, 1 x 8"
+GPU = "7b, P=16384, R=1024, 1 x 8, recompute"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Measure; see --help.
+
+    Raises:
+        BenchError: the arms don't agree.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench update", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each arm")
+    parser.add_argument("--minutes", type=float, default=30.0, help="no cell begins later than this")
+    parser.add_argument("--small", action="store_true", help="whether it works, not how fast it is")
+    parser.add_argument("--out", type=Path, help="folder of the result file instead of bench/results")
+    options = parser.parse_args(argv)
+    import torch
+
+    from bench import measure, update_run
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = measure.device_name(device)
+    path = options.out / f"{CASE}.{name}.json" if options.out else None
+    records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
+    began = time.monotonic()
+    for found in update_run.cells(_shapes(device.type, small=options.small), device, options.rounds, SEED):
+        records += found
+        for record in found:
+            _say(f"{record.shape}: {record.arm}: {record.metric} {record.median:.4g} {record.unit}")
+        _say(f"wrote {write_result(CASE, name, records, claims, SEED, path)}")
+        if time.monotonic() - began > 60 * options.minutes:
+            _say(f"{options.minutes:g} minutes were over")
+            break
+    if len(records) == 1:
+        raise BenchError("nothing was measured")
+
+
+def _shapes(kind: str, *, small: bool) -> list[tuple[Any, bool]]:
+    """Shapes, most important first, and whether activations are computed again."""
+    from bench.update_arms import Shape
+
+    if small:
+        return [(Shape("demo", 150, 6, 2, 3), False)]
+    if kind == "cpu":
+        wanted = [(1024, 32, 1), (1024, 128, 1), (1024, 32, 2), (256, 32, 1)]
+        return [(Shape("toy", p, r, groups, 8), False) for p, r, groups in wanted]
+    big = [(size, 16384, 1024) for size in ("7b", "3b")] + [(size, 2048, 512) for size in ("7b", "3b")]
+    return [(Shape(size, p, r, 1, 8), True) for size, p, r in big]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def claims(records: list[Record]) -> list[Claim]:
+    """Those whose records are there."""
+    table = {(r.arm, r.shape, r.metric): r.median for r in records}
+    found = []
+    for kind, shape, most, strong in (("cpu", CPU, 4.0, 2.5), ("gpu", GPU, 4.2, 2.5)):
+        ours = table.get(("packed", shape, "step"))
+        if not ours:
+            continue
+        what = f"seconds of an update over those with prompts computed once, {shape}"
+        for arm, target in (("replicated", most), ("strong", strong)):
+            ratio = table[arm, shape, "step"] / ours
+            found.append(Claim(f"update.{kind}.vs_{arm}", f"{arm} baseline's {what}", ratio, target))
+        peaks = [table.get((arm, shape, "peak memory")) for arm in ("packed", "strong")]
+        if peaks[0] and peaks[1]:
+            text = f"peak memory over the strong baseline's, {shape}"
+            found.append(Claim(f"update.{kind}.memory", text, peaks[0] / peaks[1], 1.0, "<="))
+    return found
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """``cells``: a line an arm and shape."""
+    records = [r for r in records_of(result) if r.arm != "device"]
+    table = {(r.arm, r.shape, r.metric): r.median for r in records}
+    lines = ["| cell | arm | seconds a step | times ours | peak memory |", "|---|---|---:|---:|---:|"]
+    for arm, shape, metric in table:
+        if metric == "step":
+            ours, spent = table["packed", shape, "step"], table[arm, shape, "step"]
+            most = table.get((arm, shape, "peak memory"))
+            peak = f"{most / 1e9:.2f} GB" if most else ""
+            lines.append(f"| {shape} | {arm} | {spent:.3g} | {spent / ours:.2f} | {peak} |")
+    return {"cells": "\n".join(lines)}

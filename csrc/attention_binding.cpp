@@ -213,6 +213,7 @@ class Backward {
     for (const Unit& unit : units) total += cost(unit);
     const int64_t count = std::clamp<int64_t>(total / ENOUGH, 1, MOST);
     const size_t first = into.size();
+    if (units.empty()) into.push_back({&group, head, {}, 0});
     for (const Unit& unit : units) {
       const size_t place = first + static_cast<size_t>(std::min(count - 1, done / (total / count + 1)));
       if (into.size() <= place) into.push_back({&group, head, {}, 0});

@@ -1,9 +1,9 @@
 """update: seconds of one GRPO update with prompts computed once a group, beside the ways in which others compute it.
 
 Teacher-forced ragged responses on videos of random pictures, everything trained, the same head, loss and checkpointing
-in all arms, and no arm is timed before its loss and every gradient agree with replicated rows. ``replicated``: a
-response behind its prompt, one at a time, tower included (EasyR1, verl). ``strong``: the same rows packed without
-padding at their best micro-batch, tower once a clip.
+in all arms, and no time is recorded before loss and every gradient of all arms agree with replicated rows.
+``replicated``: a response behind its prompt, one at a time, tower included (EasyR1, verl). ``strong``: the same rows
+packed without padding at their best micro-batch, tower once a clip.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ z = logits * inv_temperature, p = softmax(z), N rows, V columns; logits [N, V], 
         frames to their slots of out, see patchify.py; CPU only; uv and mean_std may be empty; across, down: plans
     group_decode, decode_layer, decode_head, linear_rows: CPU only; see group_decode.py and decode_layer.py
     group_attention, group_attention_backward, chunk_attention: CPU only; see group_attention.py
+    rms_norm, swiglu and their backward operators: CPU only; see layers.py
 Of the row operators: rows must be contiguous, with any stride between them. Logits are fp32, fp64 or bf16 on the CPU;
 where the library was built for CUDA, fp32, fp16 or bf16 on devices of compute capability 9.0 and later. Results are
 fp32, for fp64 logits fp64. A row of -inf only has logp = lse = -inf, entropy 0, gradient 0; a = e = 0 gives zeros

@@ -44,7 +44,8 @@ def _backend(op: str, query: torch.Tensor) -> Backend:
     has: List[Backend] = ["flash", "reference"]
     if query.device.type == "cpu" and 0 < query.shape[2] <= _native.MAX_DIM:
         has.append("native")
-    if op == "group_attention" and query.dtype != torch.float64 and 0 < query.shape[2] <= 256:
+    widest = 128 if query.dtype == torch.float32 else 256
+    if op == "group_attention" and query.dtype != torch.float64 and 0 < query.shape[2] <= widest:
         has.append("triton")
     return choose(op, query, has=has)
 

@@ -53,13 +53,13 @@ def backward(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor
     """Gradients of query, key and value. Both calls get the merged output and lse: then their sum is exact."""
     if x.skip:
         dq, dk, dv = backward(grad, _rows_alone(x), out, lse)
-        more = _segment_backward(grad, x.query, x.key[: x.skip], x.value[: x.skip], out, lse, x.scale)
+        more = _prefix_backward(grad, x, out, lse)
         return dq + more[0], torch.cat([more[1], dk]), torch.cat([more[2], dv])
     return (_backward_cuda if x.query.is_cuda else _backward_cpu)(grad, x, out, lse)
 
 
 def _rows_alone(x: Packed) -> Packed:
-    return Packed(x.query, x.key[x.skip :], x.value[x.skip :], GroupSpans((0,), x.spans.rows), x.scale)
+    return Packed(x.query, x.key[x.skip :], x.value[x.skip :], x.spans.without_prefix, x.scale)
 
 
 def chunk(
@@ -93,26 +93,19 @@ def _segment(
     return out.permute(2, 0, 1, 3).flatten(1, 2), sums.permute(2, 0, 1).flatten(1, 2)
 
 
-def _segment_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> Three:
-    """Gradients of queries and keys of one segment, which isn't causal."""
+def _prefix_backward(grad: torch.Tensor, x: Packed, out: torch.Tensor, lse: torch.Tensor) -> Three:
+    """What rows on a prefix that was computed before give to the gradients of their queries, and of its keys."""
+    query, key, value = x.query, x.key[: x.skip], x.value[: x.skip]
     if query.is_cuda:
         none = torch.empty(2, dtype=torch.uint64, device=query.device)
-        ends = [torch.tensor([0, n], dtype=torch.int32, device=query.device) for n in (len(query), len(key))]
+        ends = [_cumulative(x.spans, f"0 to {n}", [n], query.device) for n in (len(query), len(key))]
         parts = (grad.contiguous(), query, key, value, out, lse.transpose(0, 1).contiguous())
-        dq, dk, dv = _cuda_backward(*parts, *ends, len(query), len(key), 0.0, False, none, none, scale=scale)
+        dq, dk, dv = _cuda_backward(*parts, *ends, len(query), len(key), 0.0, False, none, none, scale=x.scale)
         return dq, dk, dv
     kv, repeat = key.shape[1], query.shape[1] // key.shape[1]
     q, o, g = (_by_kv(t, kv) for t in (query, out, grad))
     k, v = (_by_kv(t, kv).expand(-1, repeat, -1, -1) for t in (key, value))
-    found = _cpu_backward(g, q, k, v, o, lse.unflatten(1, (kv, -1)).permute(1, 2, 0), 0.0, False, scale=scale)
+    found = _cpu_backward(g, q, k, v, o, lse.unflatten(1, (kv, -1)).permute(1, 2, 0), 0.0, False, scale=x.scale)
     dq = found[0].permute(2, 0, 1, 3).flatten(1, 2)
     dk, dv = (t.sum(1).transpose(0, 1) for t in found[1:])
     return dq, dk, dv

@@ -77,6 +77,11 @@ class GroupSpans:
             found = self._kept[name, device] = torch.tensor(values, dtype=dtype).to(device)
         return found
 
+    @cached_property
+    def without_prefix(self) -> GroupSpans:
+        """The rows of the only group, as rows of an empty prefix."""
+        return GroupSpans((0,), self.rows)
+
     def floors(self, device: torch.device) -> torch.Tensor:
         """int32 [N]: where the prefix or row that a token belongs to begins."""
         if ("floors", device) not in self._kept:

@@ -92,12 +92,13 @@ def test_the_reference_is_the_model_with_other_adapters(lm, layout_of, trained, 
     assert [p.data_ptr() for p in adapter_weights(lm.module).values()] == places  # graphs of a GPU hold them
 
 
-def test_the_shared_prefix_is_the_replicated_one_with_adapters(lm, layout_of, seed):
+@pytest.mark.parametrize("piece", [0, 1])
+def test_the_shared_prefix_is_the_replicated_one_with_adapters(lm, layout_of, piece, seed):
     prompts, rows = layout_of(seed)
     lm.module.float()
     add_lora(lm, LORA)
     randomise(lm, seed)
-    found = verify_shared_prefix(lm, prompts, rows)
+    found = verify_shared_prefix(lm, prompts, rows, piece=piece)
     assert found.logprob < 1e-5
     assert found.gradient < 2e-5, found.parameter
 

@@ -32,7 +32,8 @@ def set_layers(module: nn.Module, layers: Layers) -> None:
         SetupError: E01 liger without the package, E02 without a GPU.
     """
     device = next(module.parameters()).device
-    fused = _liger(device) if layers == "liger" else None
+    check_layers(layers, device)
+    fused: tuple[Norm, Gate] | None = (_liger_norm, _liger_gate) if layers == "liger" else None
     if layers == "auto" and device.type == "cpu":
         fused = (rms_norm, swiglu)
     for part in module.modules():
@@ -63,14 +64,16 @@ def _subclass(plain: Any, kind: str, norm: Norm, gate: Gate) -> Any:
     return type(plain.__name__, (plain,), {"forward": forward, "plain": plain, "__module__": plain.__module__})
 
 
-def _liger(device: torch.device) -> tuple[Norm, Gate]:
+def check_layers(layers: Layers, device: torch.device) -> None:
+    """Raises SetupError E01 or E02 where a device can't run them."""
+    if layers != "liger":
+        return
     if importlib.util.find_spec("liger_kernel") is None:
         fix = "pip install liger-kernel    (or set kernels.layers = 'auto')"
         raise SetupError(Problem("VRLT-E01", "the package liger-kernel is not installed", "kernels.layers", fix=fix))
     if device.type != "cuda":
         what = f"Liger's kernels don't run on {device.type}"
         raise SetupError(Problem("VRLT-E02", what, "kernels.layers", fix="set kernels.layers = 'auto'"))
-    return _liger_norm, _liger_gate
 
 
 def _liger_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -70,17 +70,20 @@ def verify_shared_prefix(
     weights = torch.linspace(-1.0, 1.0, len(layout.targets), device=lm.device)
     stages: list[StagedPrompt] = []
 
-    def shared(vision: VisionEmbeds) -> torch.Tensor:
+    def shared() -> torch.Tensor:
         if not piece:
-            return target_logprobs(lm, layout, vision, temperature)[0]
+            return target_logprobs(lm, layout, shared_vision(lm, prompts), temperature)[0]
         stages.extend(StagedPrompt(lm, p, shared_vision(lm, [p])) for p in prompts)
         pairs = zip(stages, rows, strict=True)
         cut = [(stage, group[i : i + piece]) for stage, group in pairs for i in range(0, len(group), piece)]
         return torch.cat([stage.logprobs(part, temperature)[0] for stage, part in cut])
 
-    def run(logprobs: Callable[[VisionEmbeds], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def replicated() -> torch.Tensor:
+        return replicated_logprobs(lm, prompts, rows, shared_vision(lm, prompts), temperature)[0]
+
+    def run(logprobs: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         lm.module.zero_grad(set_to_none=True)
-        logp = logprobs(shared_vision(lm, prompts))
+        logp = logprobs()
         torch.autograd.backward((logp * weights).sum())
         while stages:
             stages.pop().backward()
@@ -89,7 +92,7 @@ def verify_shared_prefix(
         return logp.detach(), found
 
     ours, gradients = run(shared)
-    right, expected = run(lambda vision: replicated_logprobs(lm, prompts, rows, vision, temperature)[0])
+    right, expected = run(replicated)
     if gradients.keys() != expected.keys():
         raise RuntimeError(f"other parameters have gradients: {sorted(gradients.keys() ^ expected.keys())}")
     gaps = {n: float((gradients[n] - g).norm() / g.norm().clamp(min=1e-30)) for n, g in expected.items()}

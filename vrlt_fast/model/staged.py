@@ -18,17 +18,25 @@ KeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class _PromptPass:
-    """The prompt alone; keeps what its layers have of it."""
+    """The prompt alone; keeps what its layers have of it, until :meth:`take`.
+
+    Activation checkpoints hold on to the pass, and what it keeps to them: a cycle that no garbage collector sees.
+    """
 
     def __init__(self, tokens: int):
         self._spans = GroupSpans((tokens,), ((),))
-        self.kept: KeyValues = {}
+        self._kept: KeyValues | None = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        self.kept.setdefault(layer, (key, value))  # a layer that is computed again comes by a second time
+        if self._kept is not None:  # else the layer is computed again
+            self._kept[layer] = (key, value)
         return group_attention(query, key, value, self._spans, scale)
+
+    def take(self) -> KeyValues:
+        kept, self._kept = self._kept, None
+        return kept or {}
 
 
 class _RowsPass:
@@ -47,7 +55,8 @@ class _RowsPass:
 class StagedPrompt:
     """A prompt's forward pass, cut off from those of its responses: its keys, values and last hidden state are leaves,
     in which the gradients of all pieces add up, in the type of the activations; :meth:`backward` takes them through the
-    prompt in one pass. Exact, and holds the prompt's activations and those of one piece.
+    prompt in one pass. Exact, and holds the prompt's activations and those of one piece, with whose keys and values
+    stands a copy of the prompt's.
 
     Args:
         vision: the visual tokens of the prompt's media in order.
@@ -59,10 +68,11 @@ class StagedPrompt:
         inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
         prompt_pass = _PromptPass(len(prompt))
         hidden = run_text(lm, inputs, prompt_pass)
-        self._made = [hidden[-1:], *(tensor for pair in prompt_pass.kept.values() for tensor in pair)]
+        kept = prompt_pass.take()
+        self._made = [hidden[-1:], *(tensor for pair in kept.values() for tensor in pair)]
         self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._made]
         pairs = zip(self._leaves[1::2], self._leaves[2::2], strict=True)
-        self._keys_values: KeyValues = dict(zip(prompt_pass.kept, pairs, strict=True))
+        self._keys_values: KeyValues = dict(zip(kept, pairs, strict=True))
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """As :func:`~vrlt_fast.model.language.target_logprobs` of the prompt and these rows."""

@@ -25,6 +25,7 @@ from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError, VrltError
 from vrlt_fast.evals.run import data_root, pick_samples, read_split
 from vrlt_fast.files import storage_errors, write_text
+from vrlt_fast.model.layers import check_layers
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.lora import check_lora
 from vrlt_fast.model.prompt import render
@@ -76,7 +77,7 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
             Problem("VRLT-C04", f"{key} is empty", key, fix=f"set {key} in the TOML file, or pass --{key}")
         )
     info = inspect_model(config.model.name)
-    pick_device(config.model.device)
+    check_layers(config.kernels.layers, pick_device(config.model.device))
     check_writers(config.log.to)
     check_lora(config.lora, config.rollout.engine)
     _check_replicas(config)

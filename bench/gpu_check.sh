@@ -33,6 +33,19 @@ part() {
   if [ "$code" -eq 124 ]; then say "STOPPED after $limit s: $*"; else say "FAILED with exit code $code: $*"; fi
 }
 
+# measure CASE UNTIL_S [OPTION...]: no cell begins UNTIL_S seconds after the start of the part; with GPU_CHECK_SMALL it is
+# tried on the CPU
+measure() {
+  local bench=(-m bench "$1" --out "$OUT" "${@:3}")
+  if [ -n "${GPU_CHECK_SMALL:-}" ]; then
+    bench+=(--small --device cpu)
+  else
+    bench+=(--minutes "$("$PYTHON" -c "print(round(($2 - $SECONDS) / 60, 2))")")
+  fi
+  say "measure"
+  part $((470 - SECONDS)) "$PYTHON" "${bench[@]}"
+}
+
 . "bench/gpu/$1.sh"
 say "done"
 exit "$failed"

@@ -18,6 +18,8 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -116,6 +118,40 @@ def median_of(records: Iterable[Record], *, metric: str, arm: str, shape: str | 
     if len(found) != 1:
         raise BenchError(f"{len(found)} records have metric {metric!r}, arm {arm!r}, shape {shape!r}; expected one")
     return found[0].median
+
+
+def write_cells(
+    case: str,
+    records: list[Record],
+    cells: Iterable[list[Record]],
+    claims_fn: Callable[[list[Record]], list[Claim]],
+    seed: int,
+    *,
+    path: Path | None,
+    limit_s: float = math.inf,
+) -> None:
+    """Measure cell after cell; print each, and write the result anew with it. None begins ``limit_s`` after the start.
+
+    Args:
+        records: of the device, the first one, and of what is kept of an earlier run; ``device`` of the result is the
+            shape of the first.
+
+    Raises:
+        BenchError: nothing was measured, or as :func:`write_result`.
+    """
+    device, known, began = records[0].shape, len(records), time.monotonic()
+    for found in cells:
+        records = [*records, *found]
+        lines = [f"{r.shape}: {r.arm}: {r.metric} {r.median:.4g} {r.unit}" for r in found]
+        lines.append(f"wrote {write_result(case, device, records, claims_fn, seed, path)}")
+        if time.monotonic() - began > limit_s:
+            lines.append(f"{limit_s / 60:g} minutes were over")
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+        if time.monotonic() - began > limit_s:
+            break
+    if len(records) == known:
+        raise BenchError("nothing was measured")
 
 
 def write_result(

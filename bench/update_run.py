@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
@@ -114,9 +114,3 @@ def _resident_peak(shape: Shape, name: str, rows: int, *, recompute: bool) -> fl
     if done.returncode:
         raise BenchError(f"peak memory of {name}: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout)
-
-
-def cells(shapes: Sequence[tuple[Shape, bool]], device: torch.device, rounds: int, seed: int) -> Iterator[list[Record]]:
-    """One cell after the other: each shape, and whether activations are computed again."""
-    for shape, recompute in shapes:
-        yield cell(shape, device, rounds, seed, recompute=recompute)

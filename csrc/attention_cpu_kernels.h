@@ -295,18 +295,8 @@ static void backward(
 }
 
 template <typename S>
-static void add(void* out, const void* parts, int64_t count, int64_t stride, int64_t dim) {
-  using T = typename S::T;
-  for (int64_t c = 0; c < dim; ++c) {
-    T sum = 0;
-    for (int64_t p = 0; p < count; ++p) sum += static_cast<const T*>(parts)[p * stride + c];
-    static_cast<typename S::Raw*>(out)[c] = S::raw(sum);
-  }
-}
-
-template <typename S>
 constexpr Functions table() {
-  return {sizeof(typename S::T), W<typename S::T>, forward<S>, backward<S>, add<S>};
+  return {sizeof(typename S::T), W<typename S::T>, forward<S>, backward<S>, add_parts<S>};
 }
 
 static const Functions tables[] = {table<Float>(), table<BFloat16>(), table<Double>()};

@@ -28,6 +28,17 @@ static inline void store(T* x, Vec<T> v) {
   memcpy(x, &v, sizeof(v));
 }
 
+// out[c] = sum_p parts[p * stride + c] of dim components, in the storage type.
+template <typename S>
+static void add_parts(void* out, const void* parts, int64_t count, int64_t stride, int64_t dim) {
+  using T = typename S::T;
+  for (int64_t c = 0; c < dim; ++c) {
+    T sum = 0;
+    for (int64_t p = 0; p < count; ++p) sum += static_cast<const T*>(parts)[p * stride + c];
+    static_cast<typename S::Raw*>(out)[c] = S::raw(sum);
+  }
+}
+
 // Accumulators that fit in 16 registers beside the operands.
 constexpr int unrolled(int vectors) {
   return vectors == 1 ? 8 : 4;

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
         norm, grad.const_data_ptr(), dx.mutable_data_ptr(), sums.data() + i * bytes, i * ROWS,
         std::min(rows, (i + 1) * ROWS));
   });
-  functions.add(dweight.mutable_data_ptr(), sums.data(), units, norm.dim);
+  functions.add(dweight.mutable_data_ptr(), sums.data(), units, norm.dim, norm.dim);
   return {dx, dweight};
 }
 

@@ -24,8 +24,8 @@ struct Functions {
   void (*norm)(const Norm& norm, void* out, double eps, int64_t begin, int64_t end);
   // Rows begin to end of dx; adds what they give to the gradient of the weight to `sums` [dim].
   void (*norm_backward)(const Norm& norm, const void* grad, void* dx, void* sums, int64_t begin, int64_t end);
-  // to[c] = sum_p sums[p][c], in the storage type.
-  void (*add)(void* to, const void* sums, int64_t parts, int64_t dim);
+  // out[c] = sum_p parts[p * stride + c] of dim components, in the storage type.
+  void (*add)(void* out, const void* parts, int64_t count, int64_t stride, int64_t dim);
   // n values.
   void (*swiglu)(void* out, const void* gate, const void* up, int64_t n);
   void (*swiglu_backward)(void* dgate, void* dup, const void* grad, const void* gate, const void* up, int64_t n);

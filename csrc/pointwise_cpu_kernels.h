@@ -80,16 +80,6 @@ static void norm_backward(const Norm& n, const void* grad, void* dx, void* sums_
   }
 }
 
-template <typename S>
-static void add(void* to, const void* sums, int64_t parts, int64_t dim) {
-  using T = typename S::T;
-  for (int64_t c = 0; c < dim; ++c) {
-    T sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += static_cast<const T*>(sums)[p * dim + c];
-    static_cast<typename S::Raw*>(to)[c] = S::raw(sum);
-  }
-}
-
 template <typename T>
 static inline Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> zero = {}, e = exp_vec<T>(clamp_vec<T>(x < zero ? x : -x));
@@ -118,7 +108,7 @@ static void swiglu_backward(
 
 template <typename S>
 constexpr Functions table() {
-  return {sizeof(typename S::T), norm<S>, norm_backward<S>, add<S>, swiglu<S>, swiglu_backward<S>};
+  return {sizeof(typename S::T), norm<S>, norm_backward<S>, add_parts<S>, swiglu<S>, swiglu_backward<S>};
 }
 
 static const Functions tables[] = {table<Float>(), table<BFloat16>(), table<Double>()};

@@ -8,13 +8,12 @@ anything is timed on the CPU the engine's log-probs must equal a full forward pa
 from __future__ import annotations
 
 import argparse
-import sys
-import time
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS, BenchError, Claim, Record, read_result, records_of, summarize, write_result
+from bench.harness import RESULTS, Claim, Record, read_result, records_of, summarize, write_cells
 
 CASE = "rollout"
 SEED = 11
@@ -55,27 +54,13 @@ def run(argv: Sequence[str]) -> None:
         steps: Iterator[list[Record]] = (rollout_run.cpu_cell(*cell, GROUP, options.rounds, SEED) for cell in cells)
     else:
         steps = rollout_run.gpu_cells(device, GROUP, SEED, small=options.small)
-    began = time.monotonic()
-    for found in steps:
-        records += found
-        for record in found:
-            _say(f"{record.shape}: {record.arm}: {record.metric} {record.median:.4g} {record.unit}")
-        _say(f"wrote {write_result(CASE, name, records, claims, SEED, path)}")
-        if device.type == "cuda" and time.monotonic() - began > 60 * options.minutes:
-            _say(f"{options.minutes:g} minutes were over")
-            break
-    if len(records) == 1:
-        raise BenchError("nothing was measured")
+    limit = 60 * options.minutes if device.type == "cuda" else math.inf
+    write_cells(CASE, records, steps, claims, SEED, path=path, limit_s=limit)
 
 
 def _cells(options: argparse.Namespace) -> list[tuple[str, int, int]]:
     """Model, prompt tokens and response tokens of the CPU's cells."""
     return [(s, p, n) for s in options.sizes for p in options.prompts for n in options.lengths]
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def claims(records: list[Record]) -> list[Claim]:

@@ -9,13 +9,11 @@ packed without padding at their best micro-batch, tower once a clip.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import BenchError, Claim, Record, records_of, summarize, write_result
+from bench.harness import Claim, Record, records_of, summarize, write_cells
 
 CASE = "update"
 SEED = 17
@@ -44,17 +42,9 @@ def run(argv: Sequence[str]) -> None:
     name = measure.device_name(device)
     path = options.out / f"{CASE}.{name}.json" if options.out else None
     records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
-    began = time.monotonic()
-    for found in update_run.cells(_shapes(device.type, small=options.small), device, options.rounds, SEED):
-        records += found
-        for record in found:
-            _say(f"{record.shape}: {record.arm}: {record.metric} {record.median:.4g} {record.unit}")
-        _say(f"wrote {write_result(CASE, name, records, claims, SEED, path)}")
-        if time.monotonic() - began > 60 * options.minutes:
-            _say(f"{options.minutes:g} minutes were over")
-            break
-    if len(records) == 1:
-        raise BenchError("nothing was measured")
+    shapes = _shapes(device.type, small=options.small)
+    cells = (update_run.cell(shape, device, options.rounds, SEED, recompute=recompute) for shape, recompute in shapes)
+    write_cells(CASE, records, cells, claims, SEED, path=path, limit_s=60 * options.minutes)
 
 
 def _shapes(kind: str, *, small: bool) -> list[tuple[Any, bool]]:
@@ -68,11 +58,6 @@ def _shapes(kind: str, *, small: bool) -> list[tuple[Any, bool]]:
         return [(Shape("toy", p, r, groups, 8), False) for p, r, groups in wanted]
     big = [(size, 16384, 1024) for size in ("7b", "3b")] + [(size, 2048, 512) for size in ("7b", "3b")]
     return [(Shape(size, p, r, 1, 8), True) for size, p, r in big]
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def claims(records: list[Record]) -> list[Claim]:

@@ -1,17 +1,9 @@
 # shellcheck shell=bash
 # rolls out and trains on the GPU: tests group_attention, group_decode, the engine with CUDA graphs and short runs, measures steps and rates of Qwen2.5-VL's shapes
-small="${GPU_CHECK_SMALL:-}"
 tests=(tests/gpu/test_group_attention_gpu.py tests/gpu/test_group_decode_gpu.py tests/gpu/test_rollout_gpu.py tests/gpu/test_embed_cache_gpu.py tests/gpu/test_layers_gpu.py tests/gpu/test_train_gpu.py)
 tests+=(-q -rs -p no:cacheprovider -p no:randomly --durations=5)
-bench=(-m bench rollout --out "$OUT")
 
 say "tests"
 part 150 "$PYTHON" -m pytest "${tests[@]}"
 
-say "measure"
-if [ -n "$small" ]; then
-  bench+=(--small --device cpu)
-else
-  bench+=(--minutes "$("$PYTHON" -c "print(round((380 - $SECONDS) / 60, 2))")")
-fi
-part $((470 - SECONDS)) "$PYTHON" "${bench[@]}"
+measure rollout 380

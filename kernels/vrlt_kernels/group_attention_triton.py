@@ -78,17 +78,29 @@ def _plan(floors, first, end, low, begin, stop, INNER: tl.constexpr):
 
 
 @triton.jit
-def _read(
-    q, key, value, acc, top, total, low, high, start, end, key_stride, value_stride, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _scores(
+    q, key, value, low, high, start, end, key_stride, value_stride, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over a block of keys; where MASKED they end at ``end``, and a query sees low..high of them."""
-    k = _rows_of(key, start, end, key_stride, MASKED, BLOCK_N, D, BLOCK_D)
-    v = _rows_of(value, start, end, value_stride, MASKED, BLOCK_N, D, BLOCK_D)
+    """A block of keys and values and the scores of queries; where MASKED they end at ``end``, and a query sees low..high."""
+    k = _rows_of(key, start, end, key_stride, MASKED, INNER, D, BLOCK_D)
+    v = _rows_of(value, start, end, value_stride, MASKED, INNER, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
-        at = start + tl.arange(0, BLOCK_N)
+        at = start + tl.arange(0, INNER)
         s = tl.where((at[None, :] >= low[:, None]) & (at[None, :] <= high[:, None]), s, float("-inf"))
+    return k, v, s
+
+
+@triton.jit
+def _read(
+    q, key, value, acc, top, total, low, high, start, end, key_stride, value_stride, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over a block of keys, as `_scores` has it."""
+    _, v, s = _scores(
+        q, key, value, low, high, start, end, key_stride, value_stride, scale, MASKED, D, INNER, BLOCK_D
+    )  # fmt: skip
     higher = tl.maximum(top, tl.max(s, 1))
     base = higher
     if MASKED:  # a query that has seen nothing yet
@@ -227,13 +239,10 @@ def _into_queries(
     q, g, dq, sums, inner, key, value, low, high, start, end, key_stride, value_stride, scale,
     MASKED: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What a block of keys adds to queries; where MASKED it ends at ``end``, and a query sees low..high of it."""
-    k = _rows_of(key, start, end, key_stride, MASKED, INNER, D, BLOCK_D)
-    v = _rows_of(value, start, end, value_stride, MASKED, INNER, D, BLOCK_D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if MASKED:
-        at = start + tl.arange(0, INNER)
-        s = tl.where((at[None, :] >= low[:, None]) & (at[None, :] <= high[:, None]), s, float("-inf"))
+    """What a block of keys, as `_scores` has it, adds to queries."""
+    k, v, s = _scores(
+        q, key, value, low, high, start, end, key_stride, value_stride, scale, MASKED, D, INNER, BLOCK_D
+    )  # fmt: skip
     p = tl.exp2(s - sums[:, None])
     dp = tl.dot(g, tl.trans(v), input_precision="ieee")
     ds = p * (dp - inner[:, None])

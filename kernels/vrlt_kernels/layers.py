@@ -49,9 +49,10 @@ class _Swiglu(torch.autograd.Function):
 
 def _compiled(op: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the compiled operator takes these tensors. Under torch.compile, which fuses by itself, it doesn't."""
-    if torch.compiler.is_compiling() or any(t.dtype != x.dtype or t.device != x.device for t in others):
+    if torch.compiler.is_compiling():
         return False
-    has: List[Backend] = ["native", "reference"] if x.device.type == "cpu" and x.numel() else ["reference"]
+    alike = all(t.dtype == x.dtype and t.device == x.device for t in others)
+    has: List[Backend] = ["native", "reference"] if x.device.type == "cpu" and x.numel() and alike else ["reference"]
     return choose(op, x, has=has) == "native"
 
 

@@ -39,13 +39,17 @@ class Shape:
 
 
 def make_step(shape: Shape, device: torch.device, seed: int, *, recompute: bool) -> tuple[VideoLM, list[ScoredGroup]]:
-    """A model that is trained throughout, and groups with ragged responses of random tokens and advantages."""
-    rng = random.Random(seed)
+    """A model that is trained throughout, and groups for it."""
     lm = make_model(shape.size, device, shape.prompt + 2 * shape.response + 512)
     lm.module.train()
     if recompute:
         enable_recompute(lm)
-    scored = []
+    return lm, make_groups(lm, shape, seed)
+
+
+def make_groups(lm: VideoLM, shape: Shape, seed: int) -> list[ScoredGroup]:
+    """Groups with ragged responses of random tokens and advantages."""
+    rng, scored = random.Random(seed), []
     for g in range(shape.groups):
         prompt = make_prompt(lm, shape.prompt, seed + g)
         lengths = [max(1, round(shape.response * (0.5 + i / max(shape.group - 1, 1)))) for i in range(shape.group)]
@@ -56,7 +60,7 @@ def make_step(shape: Shape, device: torch.device, seed: int, *, recompute: bool)
         request = RolloutRequest(prompt, shape.group, Sampling(max(lengths), 1.0), g)
         advantages = tuple(rng.gauss(0.0, 1.0) for _ in lengths)
         scored.append(ScoredGroup(Group(request, completions), (), (), advantages, tuple(range(shape.group))))
-    return lm, scored
+    return scored
 
 
 def arm(name: str, lm: VideoLM, scored: Sequence[ScoredGroup], rows: int = 1) -> Callable[[], UpdateStats]:

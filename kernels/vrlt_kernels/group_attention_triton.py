@@ -82,7 +82,7 @@ def _scores(
     q, key, value, low, high, start, end, key_stride, value_stride, scale,
     MASKED: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys and values and the scores of queries; where MASKED they end at ``end``, and a query sees low..high."""
+    """A block of keys and values and the scores of queries; where MASKED up to ``end``, and a query sees low..high."""
     k = _rows_of(key, start, end, key_stride, MASKED, INNER, D, BLOCK_D)
     v = _rows_of(value, start, end, value_stride, MASKED, INNER, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

@@ -202,6 +202,13 @@ def test_dry_run_checks_and_writes_nothing(vrlt_train, data, tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_dry_run_knows_what_the_layers_need(vrlt_train, tmp_path):
+    exit_code, told = vrlt_train("--dry-run", kernels={"layers": "liger"})
+    assert exit_code == 4
+    assert "kernels.layers" in told
+    assert leftovers(tmp_path) == []
+
+
 def test_few_corrupt_videos_are_reported_and_the_run_goes_on(make_config, data):
     config = make_config(data={"train": str(data / "train.jsonl"), "eval": "", "max_failed_share": 0.2})
     samples = read_jsonl(data / "train.jsonl")

@@ -4,8 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRAIN := .venv/.train
 READY := .venv/.ready
-# Bytecode is made of what is imported, when it is. (pip reads the variable as the value of "compile".)
+# Bytecode is made of what is imported, when it is, and kept: without, each of the processes that tests start compiles
+# torch and transformers anew, seconds each. (pip reads the variable as the value of "compile".)
 export PIP_NO_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 EDITABLE := $(BIN)/pip install -q --no-build-isolation -c .venv/constraint.txt
 PYTEST := $(BIN)/python -m pytest -q
 VLLM_PIP := .venv-vllm/bin/pip install -q

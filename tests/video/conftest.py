@@ -135,9 +135,12 @@ def _cover(s: Studio, name: str, *, with_video: bool) -> Path:
 
 
 def _overwritten(s: Studio, name: str, source: Path, count: int) -> Path:
-    """``source`` with ``count`` zero bytes beginning at 60 % of its length."""
+    """``source`` with ``count`` zero bytes from the first packet after 60 % of its length on. (In the tail of a packet
+    they can make a wrong picture that no decoder objects to: H.264 has no checksum.)
+    """
     content = bytearray(source.read_bytes())
-    middle = len(content) * 6 // 10
+    with av.open(str(source)) as container:
+        middle = min(p.pos for p in container.demux(video=0) if p.size and p.pos >= len(content) * 0.6)
     content[middle : middle + count] = bytes(count)
     return s.text(name, bytes(content))
 

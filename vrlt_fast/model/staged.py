@@ -68,8 +68,10 @@ class StagedPrompt:
         inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
         prompt_pass = _PromptPass(len(prompt))
         hidden = run_text(lm, inputs, prompt_pass)
-        kept = prompt_pass.take()
-        self._made = [hidden[-1:], *(tensor for pair in kept.values() for tensor in pair)]
+        self._cut_off(hidden[-1:], prompt_pass.take())
+
+    def _cut_off(self, last: torch.Tensor, kept: KeyValues) -> None:
+        self._made = [last, *(tensor for pair in kept.values() for tensor in pair)]
         self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._made]
         pairs = zip(self._leaves[1::2], self._leaves[2::2], strict=True)
         self._keys_values: KeyValues = dict(zip(kept, pairs, strict=True))

@@ -11,6 +11,7 @@ from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.patch_embed import FoldedPatchEmbed
 from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.sampling import TUBELET
 
@@ -52,17 +53,60 @@ def concat(pieces: Sequence[VisionEmbeds]) -> VisionEmbeds:
     return VisionEmbeds(embeds, tuple(deepstack))
 
 
-def encode_clips(lm: VideoLM, clips: Sequence[Clip]) -> VisionEmbeds:
+Pictures = tuple[torch.Tensor, tuple[int, int, int]]
+"""Patches [t * h * w, ...] of frame pairs, and their grid (t, h, w)."""
+
+
+def encode_clips(lm: VideoLM, clips: Sequence[Clip], peers: Peers | None = None) -> VisionEmbeds:
     """The sum of n_tokens tokens of the clips (videos and images), in order; with gradients where the tower is trained.
 
     A frozen tower runs without a graph. Frame pairs don't see each other in these towers, so they go through in pieces,
     and without a graph what lives inside the tower doesn't grow with the clip.
+
+    Args:
+        peers: processes with the same clips, each of which encodes its share of the frame pairs; all get all tokens.
     """
+    pictures: list[Pictures] = [(clip.patches, clip.grid) for clip in clips]
+    if peers is None or peers.size == 1:
+        return _encode_all(lm, pictures)
+    parts = [_part(pictures, rank, peers.size) for rank in range(peers.size)]
+    mine = _encode_all(lm, parts[peers.rank]) if parts[peers.rank] else _nothing(lm)
+    square = lm.info.geometry.merge**2
+    counts = [sum(t * h * w // square for _, (t, h, w) in part) for part in parts]
+    embeds, *deepstack = (peers.gather(tensor, counts, "visual tokens") for tensor in mine.tensors)
+    return VisionEmbeds(embeds, tuple(deepstack))
+
+
+def _encode_all(lm: VideoLM, pictures: Sequence[Pictures]) -> VisionEmbeds:
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(lm)):
-        return concat([_encode(lm, piece) for piece in _pieces(clips, PIECE.get(lm.device.type, 65536))])
+        return concat([_encode(lm, piece) for piece in _pieces(pictures, PIECE.get(lm.device.type, 65536))])
 
 
-def _encode(lm: VideoLM, piece: Sequence[tuple[torch.Tensor, tuple[int, int, int]]]) -> VisionEmbeds:
+def _part(pictures: Sequence[Pictures], rank: int, size: int) -> list[Pictures]:
+    """An even share of the frame pairs, consecutive."""
+    total = sum(t for _, (t, _, _) in pictures)
+    low, high = total * rank // size, total * (rank + 1) // size
+    part, at = [], 0
+    for patches, (t, h, w) in pictures:
+        first, end = max(low - at, 0), min(high - at, t)
+        if first < end:
+            part.append((patches[first * h * w : end * h * w], (end - first, h, w)))
+        at += t
+    return part
+
+
+def _nothing(lm: VideoLM) -> VisionEmbeds:
+    """No tokens, but with a gradient where those of others have one."""
+    levels = len(getattr(lm.module.model.visual, "deepstack_visual_indexes", ()))
+    made = [
+        torch.zeros(0, lm.info.config.text_config.hidden_size, dtype=lm.dtype, device=lm.device) for _ in range(levels + 1)
+    ]
+    if torch.is_grad_enabled() and not is_frozen(lm):
+        made = [tensor.requires_grad_() for tensor in made]
+    return VisionEmbeds(made[0], tuple(made[1:]))
+
+
+def _encode(lm: VideoLM, piece: Sequence[Pictures]) -> VisionEmbeds:
     """The tokens of some patches [n, ...] with their grids, in one pass."""
     patches = torch.cat([patches.to(lm.device) for patches, _ in piece])
     grids = torch.tensor([grid for _, grid in piece], device=lm.device)
@@ -72,17 +116,16 @@ def _encode(lm: VideoLM, piece: Sequence[tuple[torch.Tensor, tuple[int, int, int
     return VisionEmbeds(out.pooler_output, tuple(getattr(out, "deepstack_features", None) or ()))
 
 
-def _pieces(clips: Sequence[Clip], most: int) -> Iterator[list[tuple[torch.Tensor, tuple[int, int, int]]]]:
-    """The clips in order, cut between frame pairs into pieces of at most ``most`` patches, but at least one pair."""
-    piece: list[tuple[torch.Tensor, tuple[int, int, int]]] = []
+def _pieces(pictures: Sequence[Pictures], most: int) -> Iterator[list[Pictures]]:
+    """Pictures in order, cut between frame pairs into pieces of at most ``most`` patches, but at least one pair."""
+    piece: list[Pictures] = []
     room = most
-    for clip in clips:
-        pairs, height, width = clip.grid
+    for patches, (pairs, height, width) in pictures:
         begin, each = 0, height * width
         while begin < pairs:
             count = min(pairs - begin, max(room // each, 0 if piece else 1))
             if count:
-                piece.append((clip.patches[begin * each : (begin + count) * each], (count, height, width)))
+                piece.append((patches[begin * each : (begin + count) * each], (count, height, width)))
                 begin, room = begin + count, room - count * each
             if begin < pairs:
                 yield piece
@@ -94,10 +137,13 @@ class StepVision:
     """A trained tower over the clips of one optimizer step, each once: rollout, scoring and all micro-batches of the
     update take the same embeddings. Their gradients add up in leaves, and :meth:`backward` takes them through the
     tower in one pass. Holds the tower's activations until then.
+
+    Args:
+        peers: processes that share the frames of all clips, and call :meth:`take` and :meth:`backward` together.
     """
 
-    def __init__(self, lm: VideoLM):
-        self._lm = lm
+    def __init__(self, lm: VideoLM, peers: Peers | None = None):
+        self._lm, self._peers = lm, peers or Peers()
         self._made: dict[str, VisionEmbeds] = {}
         self._leaves: dict[str, VisionEmbeds] = {}
 
@@ -111,7 +157,7 @@ class StepVision:
             tower.train()  # a rollout is in evaluation mode, where activation checkpointing is off
             try:
                 with torch.enable_grad():
-                    pieces = encode_clips(self._lm, new).split([c.n_tokens for c in new])
+                    pieces = encode_clips(self._lm, new, self._peers).split([c.n_tokens for c in new])
             finally:
                 tower.train(training)
             for clip, made in zip(new, pieces, strict=True):
@@ -125,11 +171,12 @@ class StepVision:
 
     def backward(self) -> None:
         """Accumulate the tower's gradients from what the leaves have collected. Once; the embeddings end with it."""
+        every = self._peers.size > 1  # all take part, also where own tokens came from none of a clip
         pairs = [
-            (made, leaf.grad)
+            (made, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
             for key in self._made
             for made, leaf in zip(self._made[key].tensors, self._leaves[key].tensors, strict=True)
-            if leaf.grad is not None
+            if leaf.grad is not None or (every and leaf.requires_grad)
         ]
         self.drop()
         if pairs:
@@ -141,26 +188,32 @@ Embeddings = EmbeddingCache | StepVision
 
 
 def encode_media(
-    lm: VideoLM, clips: Iterable[Clip], held: Embeddings | None = None
+    lm: VideoLM, clips: Iterable[Clip], held: Embeddings | None = None, peers: Peers | None = None
 ) -> tuple[dict[str, VisionEmbeds], list[Clip]]:
     """The tokens of each clip by its key, and the clips that went through the tower: each once, and none that is held.
 
     With a cache, which is for towers that are frozen, clips go through one by one, so that their bits don't depend on
     what else is in the batch.
+
+    Args:
+        peers: processes that call it together with the same clips, and share their frames.
     """
     if isinstance(held, StepVision):
         return held.take(clips)
     by_key = {clip.key: clip for clip in clips}
     if held is None:
-        pieces = encode_clips(lm, list(by_key.values())).split([c.n_tokens for c in by_key.values()]) if by_key else []
+        sizes = [clip.n_tokens for clip in by_key.values()]
+        pieces = encode_clips(lm, list(by_key.values()), peers).split(sizes) if by_key else []
         return dict(zip(by_key, pieces, strict=True)), list(by_key.values())
     found: dict[str, VisionEmbeds] = {}
     encoded = []
     for key, clip in by_key.items():
         name = held.key(key)
         kept = held.get(name)
+        if peers is not None and not peers.agree(kept is not None):
+            kept = None
         if kept is None:
-            found[key] = encode_clips(lm, [clip])
+            found[key] = encode_clips(lm, [clip], peers)
             encoded.append(clip)
             held.put(name, found[key].tensors)
         else:
@@ -180,10 +233,12 @@ def is_frozen(lm: VideoLM) -> bool:
     return not any(p.requires_grad for p in lm.module.model.visual.parameters())
 
 
-def shared_vision(lm: VideoLM, prompts: Sequence[Prompt], held: Embeddings | None = None) -> VisionEmbeds:
+def shared_vision(
+    lm: VideoLM, prompts: Sequence[Prompt], held: Embeddings | None = None, peers: Peers | None = None
+) -> VisionEmbeds:
     """The visual tokens of the prompts' media in order; a clip that stands twice is encoded once."""
     media = [clip for p in prompts for clip in p.media]
-    found, _ = encode_media(lm, media, held)
+    found, _ = encode_media(lm, media, held, peers)
     return in_order(lm, found, media)
 
 

@@ -48,7 +48,7 @@ class Replicas:
         if self.world == 1:
             return list(values)
         together = torch.tensor(list(values), dtype=torch.float64)
-        with _peers():
+        with waiting():
             dist.all_reduce(together)
         return together.tolist()
 
@@ -61,7 +61,7 @@ class Replicas:
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        with _peers():
+        with waiting():
             dist.all_gather_object(found, value)
         return found
 
@@ -81,15 +81,15 @@ class Replicas:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for bucket in _buckets(summed):
             flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
-            with _peers():
+            with waiting():
                 dist.all_reduce(flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = part.view_as(p)
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Raises Stopped S04 where another process has ended, or doesn't come."""
+def waiting() -> Iterator[None]:
+    """For a call that other processes make too. Raises Stopped S04 where one has ended, or doesn't come."""
     try:
         yield
     except RuntimeError as error:

@@ -1,0 +1,138 @@
+"""What the processes of tests/parallel compute: one packed sequence of which each has a share."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.model.test_families import LINE, prompts_of
+from vrlt_fast.config import ModelConfig
+from vrlt_fast.data.readers import read_jsonl
+from vrlt_fast.model.language import target_logprobs
+from vrlt_fast.model.layout import Row, build_layout, response_row
+from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
+from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.model.sequence import SharedLayout, shared_logprobs
+from vrlt_fast.model.staged_sequence import SharedStagedPrompt
+from vrlt_fast.model.tiny import build_tiny
+from vrlt_fast.model.vision import StepVision, encode_clips, shared_vision
+from vrlt_fast.parallel.sequence import Peers
+from vrlt_fast.video.preprocess import Clip
+
+LENGTHS = ([5, 1, 9, 2, 2], [3], [])
+"""Responses of the three prompts: a video, two images, an image and a video."""
+Gradients = dict[str, torch.Tensor]
+
+
+def make_model(folder: Path, family: str) -> Path:
+    """A tiny model, beside a line of annotation that it can be asked about."""
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps(LINE) + "\n")
+    return build_tiny(folder / "model", train_jsonl=folder / "train.jsonl", seed=2, family=family)
+
+
+@lru_cache(maxsize=4)
+def open_model(folder: Path, *, freeze: bool, recompute: bool) -> VideoLM:
+    """In training mode."""
+    lm = load_model(ModelConfig(name=str(folder), dtype="float32", device="cpu", freeze_vision=freeze))
+    lm.module.train()
+    if recompute:
+        enable_recompute(lm)
+    return lm
+
+
+def make_batch(lm: VideoLM, folder: Path, seed: int) -> tuple[list[Prompt], list[list[Row]]]:
+    """Prompts of random pictures, and rows of random tokens behind them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(kind: Any, grid: tuple[int, int, int], times: tuple[float, ...], key: str) -> Clip:
+        (t, h, w), geometry = grid, lm.info.geometry
+        patches = torch.randint(0, 256, (t * h * w, 6 * geometry.patch**2), generator=generator, dtype=torch.uint8)
+        return Clip(patches, grid, times, 1.0 if kind == "video" else 0.0, key, geometry, kind)
+
+    clips = {
+        "video": make("video", (4, 4, 6), tuple(i / 2 for i in range(8)), "v"),
+        "image": make("image", (1, 6, 4), (0.0, 0.0), "i"),
+        "other": make("image", (1, 2, 8), (0.0, 0.0), "o"),
+    }
+    sample = read_jsonl(folder.parent / "train.jsonl", check_files=False)[0]
+    prompts = prompts_of(lm, sample, clips)
+    rows = [
+        [response_row(p, torch.randint(9, 100, (n,), generator=generator).tolist()) for n in lengths]
+        for p, lengths in zip(prompts, LENGTHS, strict=True)
+    ]
+    return prompts, rows
+
+
+def backward(lm: VideoLM, loss: torch.Tensor) -> None:
+    lm.module.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+
+
+def gradients(lm: VideoLM) -> Gradients:
+    found = {name: p.grad for name, p in lm.module.named_parameters() if p.grad is not None}
+    lm.module.zero_grad(set_to_none=True)
+    return found
+
+
+def weights(count: int) -> torch.Tensor:
+    """Of the log-probs in what is differentiated."""
+    return torch.linspace(-1.0, 1.0, count)
+
+
+def alone(folder: Path, seed: int, *, freeze: bool, told: bool) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """Log-probs, entropies and gradients of one process."""
+    lm = open_model(folder, freeze=freeze, recompute=False)
+    prompts, rows = make_batch(lm, folder, seed)
+    layout, also = build_layout(prompts, rows), ALSO if told else None
+    logp, entropy = target_logprobs(lm, layout, shared_vision(lm, prompts), 0.7, also=also)
+    backward(lm, (logp * weights(len(logp))).sum())
+    return logp.detach(), entropy, gradients(lm)
+
+
+ALSO = torch.arange(3, 40, 3)
+"""Places in the first prompt that are scored too, as captions are."""
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Gradients, dict[str, int]]
+
+
+def packed(peers: Peers, folder: Path, seed: int, method: Any, *flags: bool) -> Part:
+    """The numbers of own targets, their log-probs and entropies, this process's gradients, bytes received.
+
+    ``flags``: whether the tower is frozen, layers are computed again, and places of the prompt are scored too.
+    """
+    freeze, recompute, told = flags
+    lm = open_model(folder, freeze=freeze, recompute=recompute)
+    prompts, rows = make_batch(lm, folder, seed)
+    layout, also = build_layout(prompts, rows), ALSO if told else None
+    peers.received.clear()
+    shared = SharedLayout(layout, peers, also)
+    vision = encode_clips(lm, [clip for p in prompts for clip in p.media], peers)
+    logp, entropy = shared_logprobs(lm, shared, vision, 0.7, method=method)
+    count = len(layout.targets) + (len(ALSO) if told else 0)
+    backward(lm, (logp * weights(count)[shared.targets]).sum())
+    return shared.targets, logp.detach(), entropy, gradients(lm), dict(peers.received)
+
+
+def staged(peers: Peers, folder: Path, seed: int, recompute: bool, piece: int) -> Part:
+    """As :func:`packed`, group by group in pieces of so many rows, with the embeddings of a step."""
+    lm = open_model(folder, freeze=False, recompute=recompute)
+    prompts, rows = make_batch(lm, folder, seed)
+    layout = build_layout(prompts, rows)
+    held, first, found = StepVision(lm, peers), 0, []
+    lm.module.zero_grad(set_to_none=True)
+    for prompt, group in zip(prompts, rows, strict=True):
+        stage = SharedStagedPrompt(lm, prompt, shared_vision(lm, [prompt], held, peers), peers)
+        for start in range(0, len(group), piece):
+            logp, entropy, shared = stage.shared_logprobs(group[start : start + piece], 0.7)
+            targets = shared.targets + first
+            torch.autograd.backward((logp * weights(len(layout.targets))[targets]).sum())
+            found.append((targets, logp.detach(), entropy))
+            first += len(shared.layout.targets)
+        stage.backward()
+    held.backward()
+    targets, logps, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return targets, logps, entropies, gradients(lm), {}

@@ -78,7 +78,7 @@ def _agree(lm: VideoLM, arms: dict[str, Run], label: str) -> list[Record]:
         other, found = gradients(lm, run)
         if found.keys() != expected.keys():
             raise BenchError(f"{label}: {name} has gradients of other parameters")
-        worst, limit = max(_gap(found.pop(n).cpu(), g) for n, g in expected.items()), TOLERANCE[lm.dtype]
+        worst, limit = max(gap_of(found.pop(n).cpu(), g) for n, g in expected.items()), TOLERANCE[lm.dtype]
         if worst > limit or abs(other - loss) > limit * max(abs(loss), 1e-3):
             what = f"gradient {worst:.2g}, loss {other} for {loss}"
             raise BenchError(f"{label}: {name} differs from replicated rows: {what}")
@@ -86,7 +86,8 @@ def _agree(lm: VideoLM, arms: dict[str, Run], label: str) -> list[Record]:
     return records
 
 
-def _gap(found: torch.Tensor, right: torch.Tensor) -> float:
+def gap_of(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is right."""
     found, right = found.float(), right.float()
     return float((found - right).norm() / right.norm().clamp(min=1e-20))
 

@@ -3,7 +3,8 @@
 Teacher-forced ragged responses on videos of random pictures, everything trained, the same head, loss and checkpointing
 in all arms, and no time is recorded before loss and every gradient of all arms agree with replicated rows.
 ``replicated``: a response behind its prompt, one at a time, tower included (EasyR1, verl). ``strong``: the same rows
-packed without padding at their best micro-batch, tower once a clip.
+packed without padding at their best micro-batch, tower once a clip. Where they are installed: ``PrefixGrouper``, its
+attention in the same model; in the text-only cell ``TRL``, GRPOTrainer's own loss at its best micro-batch.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ def _shapes(kind: str, *, small: bool) -> list[tuple[Any, bool]]:
     from bench.update_arms import Shape
 
     if small:
-        return [(Shape("demo", 150, 6, 2, 3), False)]
+        return [(Shape("demo", 150, 6, 2, 3), False), (Shape("demo", 60, 6, 2, 3, text=True), False)]
     if kind == "cpu":
         wanted = [(1024, 32, 1), (1024, 128, 1), (1024, 32, 2), (256, 32, 1)]
-        return [(Shape("toy", p, r, groups, 8), False) for p, r, groups in wanted]
+        shapes = [Shape("toy", p, r, groups, 8) for p, r, groups in wanted]
+        return [(shape, False) for shape in [*shapes, Shape("toy", 1024, 32, 1, 8, text=True)]]
     big = [(size, 16384, 1024) for size in ("7b", "3b")] + [(size, 2048, 512) for size in ("7b", "3b")]
-    return [(Shape(size, p, r, 1, 8), True) for size, p, r in big]
+    shapes = [Shape(size, p, r, 1, 8) for size, p, r in big]
+    return [(shape, True) for shape in [*shapes, Shape("7b", 2048, 512, 1, 8, text=True)]]
 
 
 def claims(records: list[Record]) -> list[Claim]:

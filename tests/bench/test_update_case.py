@@ -9,8 +9,10 @@ from bench import update_run
 from bench.cases.update import CPU, claims, tables
 from bench.harness import BenchError, summarize
 from bench.update_arms import PACKED, REPLICATED, STAGED, STRONG, Shape, arm, make_step
+from bench.update_peers import PREFIX_GROUPER, TRL, any_arm, arms_of
 
 SMALL = Shape("demo", 140, 3, 1, 2)
+TEXT = Shape("demo", 60, 5, 2, 3, text=True)
 
 
 def test_claims_are_ratios_over_the_packed_arm() -> None:
@@ -38,3 +40,40 @@ def test_arms_agree_and_compute_what_they_say(seed) -> None:
     wrong = {REPLICATED: arms[REPLICATED], PACKED: lambda: arm(PACKED, lm, scored[:0] + scored)() and arms[STRONG]()}
     with pytest.raises(BenchError, match="packed differs"):
         update_run._agree(lm, wrong, "small")
+
+
+def test_prefix_grouper_agrees_with_replicated_rows_of_two_groups(seed) -> None:
+    pytest.importorskip("prefix_grouper")
+    lm, scored = make_step(Shape("demo", 140, 3, 2, 2), torch.device("cpu"), seed, recompute=True)
+    arms = {name: any_arm(name, lm, scored) for name in (PREFIX_GROUPER, PACKED, REPLICATED)}
+    assert len(update_run._agree(lm, arms, "small")) == 3
+    assert arms[PREFIX_GROUPER]().tokens_trained == arms[PACKED]().tokens_trained
+
+
+def test_trl_agrees_on_text_in_every_micro_batch(seed) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    lm, scored = make_step(TEXT, torch.device("cpu"), seed, recompute=True)
+    arms = {f"{TRL} {rows}": any_arm(TRL, lm, scored, rows) for rows in (1, 4, 6)}
+    arms |= {name: any_arm(name, lm, scored) for name in (PACKED, REPLICATED)}
+    assert len(update_run._agree(lm, arms, "text")) == 5
+    checkpointed = {m.gradient_checkpointing for m in lm.module.modules() if hasattr(m, "gradient_checkpointing")}
+    assert checkpointed == {True}  # TRL's trainer leaves it as all arms have it
+
+
+def test_arms_whose_packages_are_missing_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.update_peers.find_spec", lambda name: None)
+    assert arms_of(SMALL) == (
+        [PACKED, STAGED, STRONG, REPLICATED],
+        {PREFIX_GROUPER: "prefix_grouper not installed"},
+    )
+    assert arms_of(TEXT) == ([PACKED, REPLICATED], {TRL: "trl and datasets not installed"})
+
+
+@pytest.mark.slow
+def test_a_text_cell_is_measured_whole(seed) -> None:
+    records = {(r.arm, r.metric): r for r in update_run.cell(TEXT, torch.device("cpu"), 1, seed, recompute=False)}
+    for name in arms_of(TEXT)[0]:
+        assert records[name, "step"].median > 0
+        assert records[name, "peak memory"].median > 0
+    assert all(r.shape == "demo, P=60, R=5, 2 x 3, text only" for r in records.values())

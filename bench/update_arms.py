@@ -10,8 +10,10 @@ from functools import partial
 import torch
 
 from bench.rollout_arms import make_model, make_prompt
-from vrlt_fast.config import GrpoConfig
+from vrlt_fast.config import GrpoConfig, PromptConfig
+from vrlt_fast.data.sample import Sample
 from vrlt_fast.model.load import VideoLM, enable_recompute
+from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.vision import StepVision
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
@@ -26,16 +28,24 @@ PACKED, STAGED, REPLICATED, STRONG = "packed", "staged", "replicated", "strong"
 
 @dataclass(frozen=True)
 class Shape:
-    """Model of ``bench.rollout_arms.SHAPES``, prompt tokens, mean response tokens, groups and responses of each."""
+    """Model of ``bench.rollout_arms.SHAPES``, prompt tokens, mean response tokens, groups and responses of each;
+    ``text``: prompts of random tokens instead of videos.
+    """
 
     size: str
     prompt: int
     response: int
     groups: int
     group: int
+    text: bool = False
 
     def __str__(self) -> str:
-        return f"{self.size}, P={self.prompt}, R={self.response}, {self.groups} x {self.group}"
+        what = ", text only" if self.text else ""
+        return f"{self.size}, P={self.prompt}, R={self.response}, {self.groups} x {self.group}{what}"
+
+    def label(self, recompute: bool) -> str:
+        """Names the cell in records."""
+        return f"{self}, recompute" if recompute else str(self)
 
 
 def make_step(shape: Shape, device: torch.device, seed: int, *, recompute: bool) -> tuple[VideoLM, list[ScoredGroup]]:
@@ -51,7 +61,7 @@ def make_groups(lm: VideoLM, shape: Shape, seed: int) -> list[ScoredGroup]:
     """Groups with ragged responses of random tokens and advantages."""
     rng, scored = random.Random(seed), []
     for g in range(shape.groups):
-        prompt = make_prompt(lm, shape.prompt, seed + g)
+        prompt = _text_prompt(shape.prompt, rng) if shape.text else make_prompt(lm, shape.prompt, seed + g)
         lengths = [max(1, round(shape.response * (0.5 + i / max(shape.group - 1, 1)))) for i in range(shape.group)]
         completions = tuple(
             Completion(Response("", n, "stop"), tuple(rng.randrange(9, 100) for _ in range(n)), torch.full((n,), -6.0))
@@ -61,6 +71,13 @@ def make_groups(lm: VideoLM, shape: Shape, seed: int) -> list[ScoredGroup]:
         advantages = tuple(rng.gauss(0.0, 1.0) for _ in lengths)
         scored.append(ScoredGroup(Group(request, completions), (), (), advantages, tuple(range(shape.group))))
     return scored
+
+
+def _text_prompt(tokens: int, rng: random.Random) -> Prompt:
+    sample = Sample(id="a", video="", duration=0.0, task="videoqa", question="")
+    ids = torch.tensor([rng.randrange(9, 100) for _ in range(tokens)])
+    places = torch.arange(tokens).expand(3, -1)
+    return Prompt(sample, (), PromptConfig(), "", ids, places, torch.zeros(0, dtype=torch.int64), tokens)
 
 
 def arm(name: str, lm: VideoLM, scored: Sequence[ScoredGroup], rows: int = 1) -> Callable[[], UpdateStats]:

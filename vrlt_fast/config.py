@@ -242,6 +242,9 @@ class OptimConfig(_Section):
     """Steps of linear warm-up at the start of each stage."""
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest norm of the gradient."""
+    states: Literal["float32", "bfloat16"] = "float32"
+    """Data type that AdamW's two moments are kept in; bfloat16 ones are rounded stochastically and take half the
+    memory. Steps are computed in fp32 on fp32 weights either way."""
 
 
 class TrainConfig(_Section):

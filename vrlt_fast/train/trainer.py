@@ -253,10 +253,10 @@ class Trainer:
         seed = config.train.seed * 2 + config.train.stages.index(name)
         more: dict[str, Any] = {"guard": self.guard, "cache": self.embeds, "replicas": self.replicas}
         if name == "sft":
-            optimizer = make_optimizer(self.lm, config.optim, config.sft.lr)
+            optimizer = make_optimizer(self.lm, config.optim, config.sft.lr, seed)
             stream = self.feed.videos(config.sft.batch, seed)
             return SftStage(config, self.lm, self.feed, stream, optimizer, **more)
-        optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
+        optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr, seed)
         stream = self.feed.questions(config.rollout.prompts, seed)
         keep = self.log.completions if self.replicas.first else _forget
         return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, keep=keep, **more)

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
-import resource
-import signal
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -43,6 +37,7 @@ from vrlt_fast.train.checkpoint import (
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import MasterAdamW, make_optimizer
+from vrlt_fast.train.process import peak_gb, signals, threads_and_determinism
 from vrlt_fast.train.setup import (
     Inputs,
     create_run_folder,
@@ -66,7 +61,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             checkpoint; other codes as they happen. Everything but C, D01-D11, M and R01 can go on with ``resume=True``.
     """
     config = with_absolute_paths(config)
-    _threads_and_determinism(config)
+    threads_and_determinism(config)
     replicas = join(pick_device(config.model.device))
     try:
         return _train(config, replicas, console or _console(replicas), resume=resume)
@@ -102,7 +97,7 @@ def _train(config: Config, replicas: Replicas, console: Console, *, resume: bool
             trainer.restore()
         if replicas.first:
             stack.enter_context(trainer.start_log())
-        stack.enter_context(_signals(trainer.stop))
+        stack.enter_context(signals(trainer.stop))
         trainer.run()
     if replicas.first:
         console.message(f"report: {write_report(run_dir)}")
@@ -358,40 +353,3 @@ class Trainer:
 
 def _forget(lines: list[dict[str, Any]]) -> None:
     """The first process writes them."""
-
-
-def peak_gb() -> float:
-    """Largest memory so far in GB (10^9 bytes): of the GPU where one is used, else resident memory of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def _threads_and_determinism(config: Config) -> None:
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.train.deterministic)
-
-
-class _signals:
-    """SIGTERM and SIGINT ask for an orderly stop; a second SIGINT interrupts at once."""
-
-    def __init__(self, stop: Callable[[str], None]):
-        self._stop = stop
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._stop(signal.Signals(number).name)
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

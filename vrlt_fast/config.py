@@ -265,6 +265,9 @@ class TrainConfig(_Section):
     Where memory runs out, the step is done again with half as many, and the run goes on with that."""
     prefix: Literal["shared", "replicated"] = "shared"
     """GRPO's passes: a prompt once for all of its responses, or, to check that, a copy a response, one by one."""
+    verify_shared_prefix: Literal["off", "first_step"] = "off"
+    """first_step: before the first GRPO update of a run, or of a resumed one, compare log-probs and all gradients of
+    two responses with those of replicated rows, and end the run where they differ by more than rounding."""
     recompute: bool = False
     """Activation checkpointing: keep the inputs of layers alone, and compute the layers again in the backward pass."""
 

@@ -136,7 +136,7 @@ def stage_of(kind, config, reference=True, keep=lambda lines: None):
     twin = load_model(config.model, inputs.info) if reference else None
     optimizer = make_optimizer(lm, config.optim, config.grpo.lr)
     stream = feed.questions(config.rollout.prompts, 1)
-    return GrpoStage(config, lm, twin, feed, stream, optimizer, guard=guard, keep=keep)
+    return GrpoStage(config, lm, twin, feed, stream, optimizer, guard=guard, keep=keep, say=print)
 
 
 def test_sft_steps_lower_the_loss(make_config):

@@ -46,7 +46,8 @@ FREE_KEYS = {
     for key in VideoConfig.model_fields
     if key in ("workers", "deadline", "prefetch") or key.startswith("cache_")
 } | {f"rollout.{key}" for key in ("kv_gb", "max_rows", "cuda_graphs", "prefill_chunk")}
-"""What decides how fast videos and responses come, not what comes."""
+FREE_KEYS |= {"train.verify_shared_prefix"}
+"""What decides how fast videos and responses come, not what comes, and what is checked."""
 
 
 @dataclass(frozen=True)

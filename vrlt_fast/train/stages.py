@@ -28,6 +28,7 @@ from vrlt_fast.train.records import Clock, Record, StepView, completion_records,
 from vrlt_fast.train.scored import ScoredGroup, StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.sft import Narration, SftSize, answer_tokens, sft_backward
 from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
+from vrlt_fast.train.verify import check_prefix
 
 
 class Stage(Protocol):
@@ -106,7 +107,8 @@ class SftStage:
 class GrpoStage:
     """Group rollouts, the dual reward, and the clipped update against a frozen reference.
 
-    ``keep`` takes the lines of completions.jsonl of each group as soon as its last response has ended.
+    ``keep`` takes the lines of completions.jsonl of each group as soon as its last response has ended; ``say`` a line
+    for the console.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class GrpoStage:
         *,
         guard: Guard,
         keep: Callable[[list[Record]], None],
+        say: Callable[[str], None],
         cache: EmbeddingCache | None = None,
         replicas: Replicas | None = None,
     ):
@@ -128,6 +131,7 @@ class GrpoStage:
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
         self._guard, self._micro_tokens, self._out_of_memory = guard, config.train.micro_tokens, 0
+        self._say, self._unverified = say, config.train.verify_shared_prefix == "first_step"
         self._engine = open_engine(config, lm, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
@@ -142,6 +146,9 @@ class GrpoStage:
             return record | clock.record()
         vision = self._step_vision()
         seen, rolled = self._rollouts(prompts, step, clock, vision)
+        if self._unverified:
+            tokens, self._unverified = self._micro_tokens, False
+            check_prefix(self.lm, seen, config, self._replicas, self._say, micro_tokens=tokens)
         scored = self._chosen(seen)
         stats, loss, norm = self._update(scored, lr, clock, vision)
         fine = norm is None or self._guard.look("grpo", step, loss, norm, lambda: describe(scored))

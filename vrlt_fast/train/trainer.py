@@ -254,7 +254,8 @@ class Trainer:
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr, seed)
         stream = self.feed.questions(config.rollout.prompts, seed)
         keep = self.log.completions if self.replicas.first else _forget
-        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, keep=keep, **more)
+        more |= {"keep": keep, "say": self.console.message}
+        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, **more)
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder. Where adapters

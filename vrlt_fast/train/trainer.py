@@ -35,6 +35,7 @@ from vrlt_fast.train.checkpoint import (
     save_checkpoint,
 )
 from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.fit import fit_of
 from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import MasterAdamW, make_optimizer
 from vrlt_fast.train.process import peak_gb, signals, threads_and_determinism
@@ -110,7 +111,7 @@ def dry_run(config: Config) -> str:
     """
     inputs = read_inputs(config)
     refuse_existing(Path(config.train.out))
-    return dump_toml(config) + "\n" + describe(config, inputs)
+    return dump_toml(config) + "\n" + describe(config, inputs, fit_of(config, inputs).line)
 
 
 class Trainer:

@@ -268,6 +268,9 @@ class TrainConfig(_Section):
     verify_shared_prefix: Literal["off", "first_step"] = "off"
     """first_step: before the first GRPO update of a run, or of a resumed one, compare log-probs and all gradients of
     two responses with those of replicated rows, and end the run where they differ by more than rounding."""
+    probe: Literal["auto", "on", "off"] = "auto"
+    """Take the largest GRPO update that the data allow before the first step, without training on it, to find out
+    whether it fits and what it needs; auto: on a GPU."""
     recompute: bool = False
     """Activation checkpointing: keep the inputs of layers alone, and compute the layers again in the backward pass."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import subprocess
@@ -11,33 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from vrlt_fast.config_load import check, dump_toml
 from vrlt_fast.errors import SetupError
 from vrlt_fast.model import language
 from vrlt_fast.model.tiny import build_tiny
-from vrlt_fast.report.console import Console
-from vrlt_fast.train.trainer import train
 from vrlt_fast.train.verify import TOLERANCE
 
 SAID = "shared prefix verified against replicated rows"
-
-
-def run(make_config, folder, name, **changes):
-    """What a run of two steps printed, and the bytes of all tensors of its last checkpoint."""
-    tree = {
-        "grpo": {"steps": 2, "lr": 1e-3, "beta": 0.05},
-        "optim": {"weight_decay": 10.0, "warmup": 1},
-        "eval": {"samples": 1, "start": False},
-        **changes,
-    }
-    tree["train"] = {"stages": ["grpo"], "out": str(folder / name), **changes.get("train", {})}
-    out = io.StringIO()
-    train(make_config(**tree), console=Console(file=out, errors=out))
-    files = sorted((folder / name / "checkpoints" / "grpo-final").rglob("*.safetensors"))
-    tensors = {f"{f.parent.name}/{f.name}/{k}": t for f in files for k, t in load_file(f).items()}
-    return out.getvalue(), tensors, (folder / name / "completions.jsonl").read_bytes()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -51,12 +31,12 @@ def run(make_config, folder, name, **changes):
     ],
     ids=["trained tower", "frozen tower, staged", "lora, recompute", "bf16"],
 )
-def test_a_run_with_the_check_is_the_run_without(make_config, tmp_path, changes):
+def test_a_run_with_the_check_is_the_run_without(two_steps, changes):
     if "lora" in changes:
         pytest.importorskip("peft")
     on = {**changes, "train": {**changes.get("train", {}), "verify_shared_prefix": "first_step"}}
-    silent, right, responses = run(make_config, tmp_path, "off", **changes)
-    said, ours, found = run(make_config, tmp_path, "on", **on)
+    silent, right, responses = two_steps("off", **changes)
+    said, ours, found = two_steps("on", **on)
     assert silent.count(SAID) == 0
     assert said.count(SAID) == 1
     assert found == responses
@@ -66,16 +46,16 @@ def test_a_run_with_the_check_is_the_run_without(make_config, tmp_path, changes)
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_other_families_pass(make_config, tmp_path, demo, family):
+def test_other_families_pass(two_steps, tmp_path, demo, family):
     folder = build_tiny(tmp_path / family, train_jsonl=demo / "train.jsonl", seed=1, family=family)
     model = {"name": str(folder)}
-    said, *_ = run(make_config, tmp_path, "run", model=model, train={"verify_shared_prefix": "first_step"})
+    said, *_ = two_steps("run", model=model, train={"verify_shared_prefix": "first_step"})
     assert said.count(SAID) == 1
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_pass_that_sees_too_little_is_refused(make_config, tmp_path, monkeypatch, dtype):
+def test_a_pass_that_sees_too_little_is_refused(two_steps, tmp_path, monkeypatch, dtype):
     """The last layer's responses don't see their prompt."""
     attend = language.GroupPass.attend
 
@@ -89,14 +69,14 @@ def test_a_pass_that_sees_too_little_is_refused(make_config, tmp_path, monkeypat
     monkeypatch.setattr(language.GroupPass, "attend", blind)
     on = {"verify_shared_prefix": "first_step"}
     with pytest.raises(SetupError, match=r"VRLT-E06 .*layers\.") as caught:
-        run(make_config, tmp_path, "run", model={"dtype": dtype}, train=on)
+        two_steps("run", model={"dtype": dtype}, train=on)
     assert f"allows {TOLERANCE[getattr(torch, dtype)][0]:g} nat" in str(caught.value)
-    records = (Path(tmp_path) / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    records = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"train"' not in records
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_memory_that_runs_out_in_the_check_is_said(make_config, tmp_path, monkeypatch):
+def test_memory_that_runs_out_in_the_check_is_said(two_steps, monkeypatch):
     attend = language.GroupPass.attend
 
     def short(self, layer, query, *rest):
@@ -106,7 +86,7 @@ def test_memory_that_runs_out_in_the_check_is_said(make_config, tmp_path, monkey
 
     monkeypatch.setattr(language.GroupPass, "attend", short)
     with pytest.raises(SetupError, match=r"VRLT-E05 train\.verify_shared_prefix"):
-        run(make_config, tmp_path, "run", train={"verify_shared_prefix": "first_step"})
+        two_steps("run", train={"verify_shared_prefix": "first_step"})
 
 
 def test_it_needs_shared_passes(make_config):

@@ -278,7 +278,8 @@ def estimate(
         parts.append(Part("vLLM", share, lower="vllm.gpu_memory_utilization"))
     else:
         left = capacity - sum(part.nbytes for part in parts if part.when == "always")
-        parts.append(Part("keys and values", _rollouts(text, config, tokens, device, left), lower="rollout.kv_gb"))
+        buffers = rollout_bytes(info, config, tokens, device, left)
+        parts.append(Part("keys and values", buffers, lower="rollout.kv_gb"))
     if "grpo" in config.train.stages:
         size = pass_size(config, tokens)
         kept = text.activations(size, e, recompute=config.train.recompute)
@@ -327,9 +328,9 @@ def least(config: Config) -> Config:
     return config.model_copy(update={"train": train, "embed_cache": cache, "rollout": rollout})
 
 
-def _rollouts(text: Text, config: Config, tokens: int, device: str, left: int) -> int:
-    """Bytes of the buffers of the group engine."""
-    rollout, prompts = config.rollout, prompts_of(config)
+def rollout_bytes(info: ModelInfo, config: Config, tokens: int, device: str, left: int) -> int:
+    """Bytes of the group engine's buffers for prompts of so many tokens, where ``left`` bytes of a GPU are free."""
+    rollout, prompts, text = config.rollout, prompts_of(config), Text.of(info, config, device)
     dtype = getattr(torch, config.model.dtype)
     shape = KvShape(text.layers, text.kv_heads, text.dim, dtype, torch.device(device))
     automatic = int(AUTO_GB_CPU * 1e9) if device == "cpu" else int(AUTO_SHARE_CUDA * max(left, 0))

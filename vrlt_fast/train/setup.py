@@ -49,7 +49,7 @@ FREE_KEYS = {
     for key in VideoConfig.model_fields
     if key in ("workers", "deadline", "prefetch") or key.startswith("cache_")
 } | {f"rollout.{key}" for key in ("kv_gb", "max_rows", "cuda_graphs", "prefill_chunk")}
-FREE_KEYS |= {"train.verify_shared_prefix"}
+FREE_KEYS |= {"train.verify_shared_prefix", "train.probe"}
 """What decides how fast videos and responses come, not what comes, and what is checked."""
 
 

@@ -24,6 +24,7 @@ from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard, describe_prompts
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr, named_trainable
 from vrlt_fast.train.plan import fitting
+from vrlt_fast.train.probe import probe_step
 from vrlt_fast.train.records import Clock, Record, StepView, completion_records, describe, summary
 from vrlt_fast.train.scored import ScoredGroup, StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.sft import Narration, SftSize, answer_tokens, sft_backward
@@ -135,6 +136,16 @@ class GrpoStage:
         self._engine = open_engine(config, lm, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
+
+    def probe(self, sample: int) -> None:
+        """Take the largest update, behind the prompt of this sample, and go on with pieces that fit.
+
+        Raises:
+            SetupError: E05 none fits.
+        """
+        prompt = self.feed.prompt(sample)
+        if prompt is not None:
+            self._micro_tokens = probe_step(self.lm, self.reference, prompt, self.config, self.optimizer, self._say)
 
     def step(self, step: int) -> Record:
         config, clock = self.config, Clock()

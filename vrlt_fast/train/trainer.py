@@ -38,6 +38,7 @@ from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.fit import fit_of
 from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import MasterAdamW, make_optimizer
+from vrlt_fast.train.probe import wanted
 from vrlt_fast.train.process import peak_gb, signals, threads_and_determinism
 from vrlt_fast.train.setup import (
     Inputs,
@@ -256,7 +257,11 @@ class Trainer:
         stream = self.feed.questions(config.rollout.prompts, seed)
         keep = self.log.completions if self.replicas.first else _forget
         more |= {"keep": keep, "say": self.console.message}
-        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, **more)
+        stage = GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, **more)
+        longest = self.replicas.gather(self.inputs.longest)[0]  # the first process opened the videos
+        if config.grpo.steps and longest is not None and wanted(config, self.lm.device):
+            stage.probe(longest.sample)
+        return stage
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder. Where adapters

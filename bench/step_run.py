@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from vrlt_fast.rewards.base import Response
 from vrlt_fast.rewards.dual import unshaped
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.passes import How
 from vrlt_fast.train.scored import ScoredGroup, score_groups
 from vrlt_fast.train.step import grpo_backward
 
@@ -143,8 +143,8 @@ def _scored(
 
 def _our_backward(setting: Setting, scored: Sequence[ScoredGroup]) -> float:
     config, lm = setting.config, setting.lm
-    backward = partial(grpo_backward, temperature=config.rollout.temperature, micro_rows=config.train.micro_rows)
-    return backward(lm, setting.reference, scored, config.grpo, held=StepVision(lm)).loss
+    how = How(config.rollout.temperature, config.train.micro_rows)
+    return grpo_backward(lm, setting.reference, scored, config.grpo, how, held=StepVision(lm)).loss
 
 
 def _gradients(setting: Setting, run: Callable[[], float]) -> tuple[float, dict[str, torch.Tensor]]:

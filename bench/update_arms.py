@@ -18,6 +18,7 @@ from vrlt_fast.model.vision import StepVision
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.passes import How
 from vrlt_fast.train.scored import ScoredGroup, StepSize
 from vrlt_fast.train.step import UpdateStats, grpo_backward
 
@@ -91,16 +92,16 @@ def arm(name: str, lm: VideoLM, scored: Sequence[ScoredGroup], rows: int = 1) ->
     alone = [replace(s, trained=(i,)) for s in scored for i in s.trained]
 
     def run() -> UpdateStats:
-        backward = partial(grpo_backward, lm, None, grpo=GRPO, temperature=1.0, size=size)
+        backward = partial(grpo_backward, lm, None, grpo=GRPO, size=size)
         if name == REPLICATED:
             total = UpdateStats()
             for row in alone:
-                total.add(backward([row], micro_rows=1, prefix="replicated"))
+                total.add(backward([row], how=How(1.0, 1, prefix="replicated")))
             return total
         held = StepVision(lm)
         if name == STRONG:
-            return backward(alone, micro_rows=rows, held=held)
-        return backward(scored, micro_rows=EVERYTHING, micro_tokens=1 if name == STAGED else 0, held=held)
+            return backward(alone, how=How(1.0, rows), held=held)
+        return backward(scored, how=How(1.0, EVERYTHING, 1 if name == STAGED else 0), held=held)
 
     return run
 

@@ -16,8 +16,9 @@ from bench.update_arms import GRPO, PACKED, REPLICATED, STAGED, STRONG, Shape, a
 from vrlt_fast.model.language import make_inputs, run_text, score_hidden
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.vision import StepVision, shared_vision
+from vrlt_fast.train.passes import group_layout
 from vrlt_fast.train.scored import ScoredGroup, StepSize
-from vrlt_fast.train.step import UpdateStats, group_layout
+from vrlt_fast.train.step import UpdateStats
 from vrlt_kernels import LossSpec, policy_loss
 
 PREFIX_GROUPER, TRL = "PrefixGrouper", "TRL"

@@ -78,8 +78,9 @@ def _train(command: Command) -> int:
         raise ConfigError(Problem("VRLT-C04", "--resume and --dry-run exclude each other", fix="leave one out"))
     from vrlt_fast.parallel.launch import launch, started
 
-    if config.parallel.replicas > 1 and not command.flags.dry_run and not started():
-        return launch(command.words, config.parallel.replicas)
+    processes = config.parallel.replicas * config.parallel.sp
+    if processes > 1 and not command.flags.dry_run and not started():
+        return launch(command.words, processes)
     from vrlt_fast.train.trainer import dry_run, train
 
     if command.flags.dry_run:

@@ -231,6 +231,12 @@ class ParallelConfig(_Section):
     replicas: Positive = 1
     """Processes with the same weights on this machine, each with its share of a step's prompts, and a GPU each where
     there are some. Their number changes rounding alone."""
+    sp: Positive = 1
+    """Processes that share each sequence of a replica: replicas x sp processes in all. Updates of long videos need
+    about 1/sp of the activations; whole groups roll out on one of them each."""
+    sequence: Literal["gather_kv", "ulysses"] = "gather_kv"
+    """How they attend: gather the prompts' keys and values, whatever the heads, or exchange tokens for heads, where sp
+    divides the heads. Groups in stages always gather."""
 
 
 class OptimConfig(_Section):

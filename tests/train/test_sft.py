@@ -12,6 +12,7 @@ from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.model.prompt import encode_narration, encode_prompt
 from vrlt_fast.model.vision import normalise
+from vrlt_fast.train.passes import How
 from vrlt_fast.train.sft import answer_tokens, by_clip, sft_backward
 from vrlt_fast.video.cache import ClipLoader
 
@@ -50,7 +51,7 @@ def test_gradient_equals_labels_on_replicated_rows(lm, prompts, seed, micro_rows
     lm.module.zero_grad()
     expected_loss = sum(labelled_backward(lm, p, a, total) for p, a in zip(prompts, answers, strict=True))
     expected = gradients(lm)
-    loss = sft_backward(lm, prompts, answers, micro_rows)
+    loss = sft_backward(lm, prompts, answers, How(1.0, micro_rows))
     ours = gradients(lm)
     assert loss.answers == pytest.approx(expected_loss, rel=1e-6)
     assert ours.keys() == expected.keys()
@@ -98,7 +99,7 @@ def test_narration_is_the_captions_behind_their_frame_pairs(lm, demo, seed):
     lm.module.zero_grad()
     prompts = [encode_prompt(lm.info, n.sample, n.clip, prompt) for n, _ in narrations]
     answers = [answer_tokens(lm.info, p.sample, prompt) for p in prompts]
-    loss = sft_backward(lm, prompts, answers, 2, narrations, 0.5)
+    loss = sft_backward(lm, prompts, answers, How(1.0, 2), narrations, 0.5)
     ours = gradients(lm)
     total = sum(map(len, answers))
     assert loss.answers == pytest.approx(

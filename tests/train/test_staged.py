@@ -19,6 +19,7 @@ from vrlt_fast.model.vision import StepVision, shared_vision
 from vrlt_fast.rollout.engine import generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.passes import How
 from vrlt_fast.train.plan import fitting
 from vrlt_fast.train.step import grpo_backward
 
@@ -42,7 +43,7 @@ def test_adapters_and_their_reference(lm, groups, targets, seed):
     scored = scored_at_random(groups, seed, config)
     found = []
     for tokens in (0, 1):
-        stats = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=64, micro_tokens=tokens)
+        stats = grpo_backward(lm, reference, scored, config, How(temperature=T, micro_rows=64, micro_tokens=tokens))
         found.append((gradients(lm), stats))
     assert found[0][0].keys() == adapter_weights(lm.module).keys()
     same(found[1][0], found[0][0], 1e-6)
@@ -54,7 +55,7 @@ def test_adapters_and_their_reference(lm, groups, targets, seed):
 def test_the_gradient_after_running_out_of_memory_in_a_piece(lm, groups, seed, monkeypatch):
     config = GrpoConfig(beta=0.0)
     scored = scored_at_random(groups[:1], seed, config)
-    grpo_backward(lm, None, scored, config, temperature=T, micro_rows=64)
+    grpo_backward(lm, None, scored, config, How(temperature=T, micro_rows=64))
     whole, calls = gradients(lm), []
     rows = staged.StagedPrompt.logprobs
 
@@ -69,7 +70,7 @@ def test_the_gradient_after_running_out_of_memory_in_a_piece(lm, groups, seed, m
 
     def run(tokens):
         return grpo_backward(
-            lm, None, scored, config, temperature=T, micro_rows=64, micro_tokens=tokens, held=StepVision(lm)
+            lm, None, scored, config, How(temperature=T, micro_rows=64, micro_tokens=tokens), held=StepVision(lm)
         )
 
     _, tokens, failures = fitting(run, scored, 64, prompt + scored[0].tokens - 1, undo=lm.module.zero_grad)

@@ -17,6 +17,7 @@ from vrlt_fast.rollout.engine import GroupEngine, generate
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.optim import apply_step, make_optimizer
+from vrlt_fast.train.passes import How
 from vrlt_fast.train.plan import update_units
 from vrlt_fast.train.scored import StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.step import grpo_backward, score_old
@@ -85,8 +86,8 @@ def test_gradient_by_hand_from_replicated_rows(lm, groups, seed, reduction):
     config = GrpoConfig(beta=0.3, reduction=reduction, clip_low=0.1, clip_high=0.15)
     scored = scored_at_random(groups, seed, config)
     reference, before = perturbed(lm, seed + 1, 0.01), perturbed(lm, seed + 2, 0.01)
-    old = score_old(before, scored, temperature=T, micro_rows=5)
-    stats = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=5, old=old)
+    old = score_old(before, scored, How(temperature=T, micro_rows=5))
+    stats = grpo_backward(lm, reference, scored, config, How(temperature=T, micro_rows=5), old=old)
     ours = gradients(lm)
 
     tokens = sum(len(c.tokens) for g in groups for c in g.completions)
@@ -122,8 +123,8 @@ def test_micro_batches_do_not_change_the_gradient(lm, groups, seed, reduction):
     found = []
     for micro_rows, tokens in ((64, 0), (4, 0), (1, 0), (64, 1), (64, 3 * len(scored[0].group.request.prompt) // 2)):
         vision = StepVision(lm)
-        how = {"micro_rows": micro_rows, "micro_tokens": tokens, "held": vision}
-        stats = grpo_backward(lm, reference, scored, config, temperature=T, **how)
+        how = How(temperature=T, micro_rows=micro_rows, micro_tokens=tokens)
+        stats = grpo_backward(lm, reference, scored, config, how, held=vision)
         found.append((gradients(lm), stats))
     assert [len(update_units(scored, n)) for n in (64, 4, 1)] == [1, 4, 4]
     assert len(update_units(scored, 64, 1)[1]) == 4
@@ -138,9 +139,9 @@ def test_micro_batches_do_not_change_the_gradient(lm, groups, seed, reduction):
 def test_kl_has_no_gradient_where_reference_and_policy_agree(lm, groups, seed):
     twin = VideoLM(lm.info, copy.deepcopy(lm.module))
     scored = scored_at_random(groups, seed, GrpoConfig())
-    grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), temperature=T, micro_rows=64)
+    grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), How(temperature=T, micro_rows=64))
     without = gradients(lm)
-    stats = grpo_backward(lm, twin, scored, GrpoConfig(beta=10.0), temperature=T, micro_rows=64)
+    stats = grpo_backward(lm, twin, scored, GrpoConfig(beta=10.0), How(temperature=T, micro_rows=64))
     same(gradients(lm), without, 1e-6)
     assert stats.kl == pytest.approx(0.0, abs=1e-12)
 
@@ -149,7 +150,7 @@ def test_groups_without_signal_give_no_gradient(lm, groups, seed):
     config = GrpoConfig(beta=0.0)
     scored = scored_at_random(groups, seed, config, same_in_group=True)
     assert not any(s.has_signal for s in scored)
-    grpo_backward(lm, None, scored, config, temperature=T, micro_rows=64)
+    grpo_backward(lm, None, scored, config, How(temperature=T, micro_rows=64))
     found = gradients(lm)
     assert found
     assert all(not g.any() for g in found.values())
@@ -161,12 +162,12 @@ def test_leaving_groups_without_signal_out_changes_nothing(lm, groups, seed, red
     scored = scored_at_random(groups, seed, config)
     flat = scored_at_random(groups, seed, config, same_in_group=True)
     mixed = [flat[0], scored[1], flat[2], scored[3]]
-    grpo_backward(lm, None, mixed, config, temperature=T, micro_rows=4)
+    grpo_backward(lm, None, mixed, config, How(temperature=T, micro_rows=4))
     whole = gradients(lm)
     active = with_gradient(mixed, kl=False)
     assert active == [scored[1], scored[3]]
     assert with_gradient(mixed, kl=True) == mixed
-    stats = grpo_backward(lm, None, active, config, temperature=T, micro_rows=4, size=StepSize.of(mixed))
+    stats = grpo_backward(lm, None, active, config, How(temperature=T, micro_rows=4), size=StepSize.of(mixed))
     same(gradients(lm), whole, 1e-9)
     assert stats.tokens == sum(s.tokens for s in active)
 
@@ -188,7 +189,7 @@ def test_truncated_responses_can_be_left_out(lm, groups, seed, reduction):
     scored = scored_at_random(ended, seed, config)
     active = with_gradient(scored, kl=False)
     assert scored[0] not in active
-    grpo_backward(lm, None, active, config, temperature=T, micro_rows=4, size=StepSize.of(scored))
+    grpo_backward(lm, None, active, config, How(temperature=T, micro_rows=4), size=StepSize.of(scored))
     ours = gradients(lm)
     kept = [
         (s.group.request.prompt, c, a)
@@ -210,11 +211,11 @@ def test_replicated_prompts_give_the_same_step(lm, groups, seed, recompute):
     scored, reference = scored_at_random(groups, seed, config), perturbed(lm, seed, 0.01)
     found = []
     for prefix in ("shared", "replicated"):
-        old = score_old(reference, scored, temperature=T, micro_rows=5, prefix=prefix)
-        how = {"temperature": T, "micro_rows": 5, "prefix": prefix, "old": old}
+        how = How(temperature=T, micro_rows=5, prefix=prefix)
+        old = score_old(reference, scored, how)
         if recompute:
             enable_recompute(lm)
-        stats = grpo_backward(lm, reference, scored, config, **how)
+        stats = grpo_backward(lm, reference, scored, config, how, old=old)
         found.append((gradients(lm), stats))
     (ours, stats), (right, slow) = found
     same(ours, right, 1e-6)
@@ -233,7 +234,7 @@ def test_twenty_recorded_steps_end_at_the_same_weights(lm, groups, seed):
         optimizer = make_optimizer(policy, OptimConfig(), 1e-4)
         for step in range(20):
             scored = scored_at_random(groups, seed + step, config)
-            stats = grpo_backward(policy, lm, scored, config, temperature=T, micro_rows=8, prefix=prefix)
+            stats = grpo_backward(policy, lm, scored, config, How(temperature=T, micro_rows=8, prefix=prefix))
             apply_step(policy, optimizer, stats.loss, 1e-4, 1.0)
         ends.append({name: p.detach() for name, p in policy.module.named_parameters()})
     moved = max(float((ends[0][name] - p.detach()).abs().max()) for name, p in lm.module.named_parameters())
@@ -256,7 +257,7 @@ def test_recomputed_layers_give_the_same_gradient(lm, groups, seed):
         lm.module.eval()  # as in the rollout, where clips go through the tower
         vision.take(clip for s in scored for clip in s.group.request.prompt.media)
         lm.module.train()
-        grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), temperature=T, micro_rows=64, held=vision)
+        grpo_backward(lm, None, scored, GrpoConfig(beta=0.0), How(temperature=T, micro_rows=64), held=vision)
         found.append((gradients(lm), [calls.count(layer) for layer in layers]))
         calls.clear()
     assert [times for _, times in found] == [[1, 1], [2, 2]]
@@ -265,7 +266,7 @@ def test_recomputed_layers_give_the_same_gradient(lm, groups, seed):
 
 def test_old_logprobs_are_those_of_the_rollout(lm, groups, seed):
     scored = scored_at_random(groups, seed, GrpoConfig())
-    old = score_old(lm, scored, temperature=T, micro_rows=5)
+    old = score_old(lm, scored, How(temperature=T, micro_rows=5))
     for group in groups:
         for i, completion in enumerate(group.completions):
             torch.testing.assert_close(old[id(group), i].float(), completion.logprobs, atol=1e-5, rtol=1e-5)
@@ -309,11 +310,11 @@ def test_a_trained_tower_runs_once_for_rollout_and_all_micro_batches(lm, prompts
     try:
         rolled, stats = GroupEngine(lm).generate(requests, vision=vision)
         scored = scored_at_random(rolled, seed, config)
-        shared = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=micro_rows, held=vision)
+        shared = grpo_backward(lm, reference, scored, config, How(temperature=T, micro_rows=micro_rows), held=vision)
         assert sum(clips) == stats.clips_encoded == len({p.clip.key for p in prompts[:4]}) < 4
     finally:
         hook.remove()
     ours = gradients(lm)
-    plain = grpo_backward(lm, reference, scored, config, temperature=T, micro_rows=micro_rows)
+    plain = grpo_backward(lm, reference, scored, config, How(temperature=T, micro_rows=micro_rows))
     same(ours, gradients(lm), 1e-6)  # the tower's norms are in fp32, and its batches differ
     assert shared.loss == pytest.approx(plain.loss, rel=1e-6, abs=1e-9)

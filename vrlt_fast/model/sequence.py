@@ -19,10 +19,10 @@ from vrlt_fast.model.attention import Pass
 from vrlt_fast.model.language import Inputs, make_inputs, run_text, score_hidden
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.shares import Share, prefix_order, shares
+from vrlt_fast.model.shares import prefix_order, shares
 from vrlt_fast.model.vision import VisionEmbeds
 from vrlt_fast.parallel.sequence import Peers
-from vrlt_kernels import GroupSpans, group_attention
+from vrlt_kernels import group_attention
 from vrlt_kernels.group_attention import group_attention_bwd, group_attention_fwd
 
 Method = Literal["gather_kv", "ulysses"]
@@ -188,9 +188,7 @@ class _SharedAttention(torch.autograd.Function):
             k, v = both[low:high, 0], both[low:high, 1]
             more = ([*prefix], [len(lengths)], [*lengths], scale, prefix[0])
             part = grad[start:end].contiguous()
-            d_query[start:end], dk, dv = group_attention_bwd(
-                part, query[start:end], k, v, out[start:end], one, *more
-            )
+            d_query[start:end], dk, dv = group_attention_bwd(part, query[start:end], k, v, out[start:end], one, *more)
             d_both[low:high, 0] += dk
             d_both[low:high, 1] += dv
         return (d_query, *plan.scatter(d_both), None, None)

@@ -58,6 +58,8 @@ class StagedPrompt:
     prompt in one pass. Exact, and holds the prompt's activations and those of one piece, with whose keys and values
     stands a copy of the prompt's.
 
+    ``tokens``: of the prompt, computed by this process.
+
     Args:
         vision: the visual tokens of the prompt's media in order.
     """
@@ -68,9 +70,10 @@ class StagedPrompt:
         inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
         prompt_pass = _PromptPass(len(prompt))
         hidden = run_text(lm, inputs, prompt_pass)
-        self._cut_off(hidden[-1:], prompt_pass.take())
+        self._cut_off(hidden[-1:], prompt_pass.take(), layout.tokens_trained)
 
-    def _cut_off(self, last: torch.Tensor, kept: KeyValues) -> None:
+    def _cut_off(self, last: torch.Tensor, kept: KeyValues, tokens: int) -> None:
+        self.tokens = tokens
         self._made = [last, *(tensor for pair in kept.values() for tensor in pair)]
         self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._made]
         pairs = zip(self._leaves[1::2], self._leaves[2::2], strict=True)

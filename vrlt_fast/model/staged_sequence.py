@@ -59,9 +59,11 @@ class SharedStagedPrompt(StagedPrompt):
         shared = SharedLayout(build_layout([prompt], [[]], device=lm.device), peers)
         recorded = _Recorded(GatherKV(shared, keep=is_recomputed(lm)))
         hidden = run_share(lm, shared.inputs(lm, vision), recorded)
-        self._cut_off(shared.last_tokens(hidden), recorded.take())
+        self._cut_off(shared.last_tokens(hidden), recorded.take(), shared.share.tokens)
 
-    def shared_logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor, SharedLayout]:
+    def shared_logprobs(
+        self, rows: Sequence[Row], temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, SharedLayout]:
         """Log-probs and entropies of the targets of own rows, and which they are."""
         lm = self._lm
         shared = SharedLayout(build_layout([self._prompt], [rows], device=lm.device), self._peers)

@@ -99,7 +99,8 @@ def _nothing(lm: VideoLM) -> VisionEmbeds:
     """No tokens, but with a gradient where those of others have one."""
     levels = len(getattr(lm.module.model.visual, "deepstack_visual_indexes", ()))
     made = [
-        torch.zeros(0, lm.info.config.text_config.hidden_size, dtype=lm.dtype, device=lm.device) for _ in range(levels + 1)
+        torch.zeros(0, lm.info.config.text_config.hidden_size, dtype=lm.dtype, device=lm.device)
+        for _ in range(levels + 1)
     ]
     if torch.is_grad_enabled() and not is_frozen(lm):
         made = [tensor.requires_grad_() for tensor in made]

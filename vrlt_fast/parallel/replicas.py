@@ -6,10 +6,8 @@ nothing but rounding. Rank 0 alone writes, logs and prints.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,17 +16,19 @@ import torch.distributed as dist
 from vrlt_fast.errors import Problem, Stopped
 
 T = TypeVar("T")
-WAIT = timedelta(minutes=30)
-"""Longest wait for another process: rank 0 may be writing a checkpoint or decoding a long video."""
 BUCKET = 2**26
 """Values of gradients that travel together."""
 
 
 class Replicas:
-    """The processes of a run; alone where there is no other."""
+    """Some processes of a run, of which this one is ``rank``; alone where there is no other.
 
-    def __init__(self, rank: int = 0, world: int = 1):
-        self.rank, self.world = rank, world
+    Args:
+        group: of torch.distributed; None: all processes.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, group: Any = None):
+        self.rank, self.world, self._group = rank, world, group
 
     @property
     def first(self) -> bool:
@@ -49,7 +49,7 @@ class Replicas:
             return list(values)
         together = torch.tensor(list(values), dtype=torch.float64)
         with waiting():
-            dist.all_reduce(together)
+            dist.all_reduce(together, group=self._group)
         return together.tolist()
 
     def any(self, value: bool) -> bool:
@@ -62,7 +62,7 @@ class Replicas:
             return [value]
         found: list[Any] = [None] * self.world
         with waiting():
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=self._group)
         return found
 
     def wait(self) -> None:
@@ -82,7 +82,7 @@ class Replicas:
         for bucket in _buckets(summed):
             flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
             with waiting():
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self._group)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = part.view_as(p)
 
@@ -110,22 +110,3 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Par
         out[-1].append(p)
         values += p.numel()
     return out
-
-
-def join(device: torch.device | str = "cpu") -> Replicas:
-    """The processes that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or this one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Replicas()
-    rank = int(os.environ["RANK"])
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=WAIT)
-    return Replicas(rank, world)
-
-
-def leave() -> None:
-    """End what :func:`join` began."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vrlt_fast.parallel.replicas import waiting
 
+T = TypeVar("T")
 # torch 2.13 names them anew and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -102,6 +103,19 @@ class Peers:
         with waiting():
             dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self._group)
         return out
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every ``size``-th of the items, from ``rank`` on."""
+        return list(items[self.rank :: self.size])
+
+    def objects(self, value: T) -> list[T]:
+        """What each process has, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with waiting():
+            dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def agree(self, value: bool) -> bool:
         """Whether it holds in all of them."""

@@ -48,7 +48,7 @@ class Fit:
 def fit(config: Config, info: ModelInfo, longest: Longest, videos: int) -> Fit:
     """The estimate of one process for this machine; ``videos`` of the training set."""
     device = pick_device(config.model.device)
-    capacity, name = memory_of(device, config.parallel.replicas)
+    capacity, name = memory_of(device, config.parallel.replicas * config.parallel.sp)
     counts = count(info, config)
     whole, smallest = (
         estimate(

@@ -73,8 +73,12 @@ def fitting(
     micro_tokens: int,
     *,
     undo: Callable[[], None],
+    again: bool = True,
 ) -> tuple[T, int, int]:
     """``run(micro_tokens)``; where memory runs out, ``undo()`` and once more with half of the largest micro-batch.
+
+    Args:
+        again: False: not a second time, since others wait in the middle of the first.
 
     Returns:
         what it returned, the limit it ran with, and how often memory ran out.
@@ -96,6 +100,10 @@ def fitting(
             torch.cuda.empty_cache()
         before = largest(update_units(scored, micro_rows, micro_tokens))
         micro_tokens = max(before // 2, 1)
+        if not again:
+            what = f"out of memory in an update that several processes share, with micro-batches of {before} tokens"
+            fix = f"set train.micro_tokens below {before}, train.recompute = true, or raise parallel.sp"
+            raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))
         if largest(update_units(scored, micro_rows, micro_tokens)) >= before:
             what = f"out of memory in the update, with micro-batches of {before} tokens, which can't be cut further"
             fix = "set train.recompute = true, lower video.max_frames or video.max_pixels, or allow shorter responses"

@@ -14,13 +14,15 @@ from vrlt_fast.config import Config
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.vision import StepVision, is_frozen
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.checkpoint import load_rng_tensors, rng_tensors
 from vrlt_fast.train.memory import prompts_of, rollout_bytes
 from vrlt_fast.train.optim import MasterAdamW
-from vrlt_fast.train.plan import fitting, update_units
+from vrlt_fast.train.passes import How
+from vrlt_fast.train.plan import fitting
 from vrlt_fast.train.process import peak_gb
 from vrlt_fast.train.scored import ScoredGroup
 from vrlt_fast.train.step import UpdateStats, grpo_backward
@@ -38,6 +40,8 @@ def probe_step(
     config: Config,
     optimizer: MasterAdamW,
     say: Callable[[str], None],
+    *,
+    peers: Peers,
 ) -> int:
     """Forward and backward of the largest pass behind ``prompt``, with random tokens; nothing is trained, gradients are
     dropped and random states are as before. On a GPU memory is held back for the optimizer's moments and for rollouts,
@@ -56,26 +60,18 @@ def probe_step(
     def run(tokens: int) -> UpdateStats:
         # held until the pass is through
         reserve = _reserve(lm, config, len(prompt), optimizer) if lm.device.type == "cuda" else []
-        vision = StepVision(lm) if trained else None
+        vision = StepVision(lm, peers) if trained else None
         if vision is not None:  # it holds the clips of the whole step
             vision.take(clip for s in scored for clip in s.group.request.prompt.media)
-        (first, *_) = update_units(scored, rows, tokens)
-        stats = grpo_backward(
-            lm,
-            reference,
-            scored[: len(first[0])],
-            config.grpo,
-            temperature=config.rollout.temperature,
-            micro_rows=rows,
-            micro_tokens=tokens,
-            prefix=config.train.prefix,
-            held=vision,
-        )
+        how = How(config.rollout.temperature, rows, tokens, config.train.prefix, peers, config.parallel.sequence)
+        (first, *_) = how.units(scored)
+        stats = grpo_backward(lm, reference, scored[: len(first[0])], config.grpo, how, held=vision)
         del reserve
         return stats
 
     try:
-        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear)
+        alone = peers.size == 1
+        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, again=alone)
     finally:
         optimizer.clear()
         load_rng_tensors(before)

@@ -9,8 +9,9 @@ from itertools import accumulate
 import torch
 
 from vrlt_fast.config import GrpoConfig
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
-from vrlt_fast.rollout.group import Group
+from vrlt_fast.rollout.group import Group, RolloutRequest
 from vrlt_kernels import group_advantages
 
 
@@ -76,6 +77,18 @@ def with_rewards(
     return [
         ScoredGroup(g, tuple(p), tuple(r), tuple(a.tolist()), _trained(g, grpo))
         for g, p, r, a in zip(groups, parts, rewards, advantages, strict=True)
+    ]
+
+
+def exchanged(own: Sequence[ScoredGroup], requests: Sequence[RolloutRequest], peers: Peers) -> list[ScoredGroup]:
+    """All processes' groups in the order of the requests, of which each process has rolled out its share."""
+    if peers.size == 1:
+        return list(own)
+    found = peers.objects([(s.group.completions, s.parts, s.rewards, s.advantages, s.trained) for s in own])
+    return [
+        ScoredGroup(Group(request, completions), *rest)
+        for i, request in enumerate(requests)
+        for completions, *rest in [found[i % peers.size][i // peers.size]]
     ]
 
 

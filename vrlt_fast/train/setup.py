@@ -29,6 +29,7 @@ from vrlt_fast.model.layers import check_layers
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.lora import check_lora
 from vrlt_fast.model.prompt import render
+from vrlt_fast.model.sequence import check_method
 from vrlt_fast.report.writers import check_writers
 from vrlt_fast.rollout.vllm import check_vllm
 from vrlt_fast.train.memory import Longest
@@ -86,7 +87,7 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
     check_layers(config.kernels.layers, pick_device(config.model.device))
     check_writers(config.log.to)
     check_lora(config.lora, config.rollout.engine)
-    _check_replicas(config)
+    _check_parallel(config, info)
     if config.rollout.engine == "vllm":
         check_vllm(info.family)
     train = read_split(config, "train")
@@ -101,8 +102,22 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
     return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken), longest)
 
 
-def _check_replicas(config: Config) -> None:
-    """Raises ConfigError C04 where a process would have nothing to do."""
+def _check_sp(config: Config, info: ModelInfo) -> None:
+    text = info.config.text_config
+    check_method(config.parallel.sequence, config.parallel.sp, text.num_attention_heads, text.num_key_value_heads)
+    for key, value, wanted in (
+        ("rollout.engine", config.rollout.engine, "group"),
+        ("train.prefix", config.train.prefix, "shared"),
+    ):
+        if value != wanted:
+            what = f'parallel.sp = {config.parallel.sp} goes with {key} = "{wanted}" only'
+            raise ConfigError(Problem("VRLT-C04", what, key, fix=f'set {key} = "{wanted}", or parallel.sp = 1'))
+
+
+def _check_parallel(config: Config, info: ModelInfo) -> None:
+    """Raises ConfigError C04 where a process would have nothing to do, or what is asked for doesn't go together."""
+    if config.parallel.sp > 1:
+        _check_sp(config, info)
     shared = {"sft": ("sft.batch", config.sft.batch), "grpo": ("rollout.prompts", config.rollout.prompts)}
     for stage in config.train.stages:
         key, count = shared[stage]

@@ -12,10 +12,12 @@ from vrlt_fast.data.prompts import answer_text
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import target_logprobs
-from vrlt_fast.model.layout import answer_row, build_layout
+from vrlt_fast.model.layout import GroupLayout, answer_row, build_layout
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import shared_vision
+from vrlt_fast.model.sequence import SharedLayout, shared_logprobs
+from vrlt_fast.model.vision import VisionEmbeds, shared_vision
+from vrlt_fast.train.passes import How
 
 
 def answer_tokens(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> list[int]:
@@ -55,7 +57,7 @@ def sft_backward(
     lm: VideoLM,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[int]],
-    micro_rows: int,
+    how: How,
     narrations: Sequence[Narration] = (),
     weight: float = 0.0,
     cache: EmbeddingCache | None = None,
@@ -79,7 +81,7 @@ def sft_backward(
     if not left.keys() <= {p.clip.key for p in prompts}:
         raise ValueError("a narration has a clip that no prompt has")
     answer_loss, caption_loss, tokens = 0.0, 0.0, 0
-    for chunk in by_clip(prompts, micro_rows):
+    for chunk in by_clip(prompts, how.micro_rows):
         told = [left.pop(key) for key in dict.fromkeys(prompts[g[0]].clip.key for g in chunk) if key in left]
         firsts = [*(prompts[group[0]] for group in chunk), *(prompt for prompt, _ in told)]
         cuts = [*(common_prefix([prompts[i] for i in group]) for group in chunk), *(len(p) for p, _ in told)]
@@ -93,15 +95,26 @@ def sft_backward(
         layout = build_layout(firsts, rows, cuts=cuts, device=lm.device)
         starts = layout.spans.starts[len(chunk) :]
         places = [where + start for (_, where), start in zip(told, starts, strict=False)]
-        vision, also = shared_vision(lm, firsts, cache), torch.cat(places) if places else None
-        logp, _ = target_logprobs(lm, layout, vision, also=also)
-        of_answers, of_captions = (-part.sum() for part in logp.tensor_split([len(layout.targets)]))
+        vision, also = shared_vision(lm, firsts, cache, how.peers), torch.cat(places) if places else None
+        logp, scored, passed = _scored(lm, layout, vision, how, also)
+        of_answers, of_captions = (-part.sum() for part in logp.tensor_split([scored]))
         part = of_answers / total + (weight * of_captions / captions if captions else 0.0)
         torch.autograd.backward(part)
         answer_loss += float(of_answers.detach()) / total
         caption_loss += float(of_captions.detach()) / max(captions, 1)
-        tokens += layout.tokens_trained - sum(len(prompt) for prompt, _ in told)
+        tokens += passed - (sum(len(prompt) for prompt, _ in told) if how.peers.rank == 0 else 0)
     return SftLoss(answer_loss, caption_loss, tokens)
+
+
+def _scored(
+    lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds, how: How, also: torch.Tensor | None
+) -> tuple[torch.Tensor, int, int]:
+    """Log-probs of this process's targets, how many of them are of answers, and the tokens that it computed."""
+    if how.peers.size == 1:
+        return target_logprobs(lm, layout, vision, also=also)[0], len(layout.targets), layout.tokens_trained
+    shared = SharedLayout(layout, how.peers, also)
+    logp, _ = shared_logprobs(lm, shared, vision, method=how.method)
+    return logp, int((shared.targets < len(layout.targets)).sum()), shared.share.tokens
 
 
 def by_clip(prompts: Sequence[Prompt], micro_rows: int) -> list[list[list[int]]]:

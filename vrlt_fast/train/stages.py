@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.sample import Sample
@@ -14,8 +14,8 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
-from vrlt_fast.model.vision import StepVision, is_frozen
-from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.model.vision import StepVision, encode_media, is_frozen
+from vrlt_fast.parallel.mesh import Mesh
 from vrlt_fast.rewards.dual import dual_reward, unshaped
 from vrlt_fast.rollout.engines import open_engine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
@@ -23,10 +23,11 @@ from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard, describe_prompts
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr, named_trainable
+from vrlt_fast.train.passes import How
 from vrlt_fast.train.plan import fitting
 from vrlt_fast.train.probe import probe_step
 from vrlt_fast.train.records import Clock, Record, StepView, completion_records, describe, summary
-from vrlt_fast.train.scored import ScoredGroup, StepSize, score_groups, with_gradient, with_rewards
+from vrlt_fast.train.scored import ScoredGroup, StepSize, exchanged, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.sft import Narration, SftSize, answer_tokens, sft_backward
 from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
 from vrlt_fast.train.verify import check_prefix
@@ -60,10 +61,10 @@ class SftStage:
         *,
         guard: Guard,
         cache: EmbeddingCache | None = None,
-        replicas: Replicas | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config, self.lm, self.feed, self.stream, self.optimizer = config, lm, feed, stream, optimizer
-        self._guard, self._cache, self._replicas = guard, cache, replicas or Replicas()
+        self._guard, self._cache, self._mesh = guard, cache, mesh or Mesh()
 
     def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
@@ -75,13 +76,13 @@ class SftStage:
         answers = [answer_tokens(self.lm.info, p.sample, p.asked) for p in prompts]
         told = self._narrations(prompts) if sft.narration else []
         own = SftSize.of(answers, told)
-        size = SftSize(*map(int, self._replicas.sum([own.answers, own.captions])))
+        size = SftSize(*map(int, self._mesh.replicas.sum([own.answers, own.captions])))
         if size.answers:
             with clock.phase("update"):
-                rows = config.train.micro_rows
-                part = sft_backward(self.lm, prompts, answers, rows, told, sft.narration, self._cache, size=size)
-                loss, captions, tokens = self._replicas.sum([part.answers, part.captions, part.tokens])
-                self._replicas.add_gradients(p for _, p in named_trainable(self.lm))
+                how = How(1.0, config.train.micro_rows, peers=self._mesh.peers, method=config.parallel.sequence)
+                part = sft_backward(self.lm, prompts, answers, how, told, sft.narration, self._cache, size=size)
+                loss, captions, tokens = self._mesh.everyone.sum([part.answers, part.captions, part.tokens])
+                self._mesh.everyone.add_gradients(p for _, p in named_trainable(self.lm))
                 norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
             told_answers = [[{"tokens": a}] for a in answers]
             fine = self._guard.look("sft", step, loss, norm, lambda: describe_prompts(prompts, told_answers))
@@ -125,9 +126,9 @@ class GrpoStage:
         keep: Callable[[list[Record]], None],
         say: Callable[[str], None],
         cache: EmbeddingCache | None = None,
-        replicas: Replicas | None = None,
+        mesh: Mesh | None = None,
     ):
-        self._replicas = replicas or Replicas()
+        self._mesh = mesh or Mesh()
         self._later: list[Record] = []  # what the first process is to write
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
@@ -145,7 +146,9 @@ class GrpoStage:
         """
         prompt = self.feed.prompt(sample)
         if prompt is not None:
-            self._micro_tokens = probe_step(self.lm, self.reference, prompt, self.config, self.optimizer, self._say)
+            self._micro_tokens = probe_step(
+                self.lm, self.reference, prompt, self.config, self.optimizer, self._say, peers=self._mesh.peers
+            )
 
     def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
@@ -153,17 +156,18 @@ class GrpoStage:
             prompts = self.feed.next(self.stream)
         lr = SCHEDULES[config.grpo.schedule](step, config.grpo.steps, config.grpo.lr, config.optim.warmup)
         record: Record = {"stage": "grpo", "step": step, "steps": config.grpo.steps, "lr": lr}
-        if not self._replicas.any(bool(prompts)):
+        if not self._mesh.everyone.any(bool(prompts)):
             return record | clock.record()
         vision = self._step_vision()
         seen, rolled = self._rollouts(prompts, step, clock, vision)
         if self._unverified:
             tokens, self._unverified = self._micro_tokens, False
-            check_prefix(self.lm, seen, config, self._replicas, self._say, micro_tokens=tokens)
+            check_prefix(self.lm, seen, config, self._mesh.everyone, self._say, micro_tokens=tokens)
         scored = self._chosen(seen)
         stats, loss, norm = self._update(scored, lr, clock, vision)
         fine = norm is None or self._guard.look("grpo", step, loss, norm, lambda: describe(scored))
-        record |= summary(self._replicas.gather(StepView.of(seen, stats, rolled)), clock)
+        own = self._mesh.peers.share(seen)
+        record |= summary(self._mesh.everyone.gather(StepView.of(own, stats, rolled)), clock)
         record |= {"loss": None if norm is None else loss, "grad_norm": norm}
         record |= {} if fine else {"skipped": True}
         self._hand_over()
@@ -173,7 +177,7 @@ class GrpoStage:
 
     def _step_vision(self) -> StepVision | None:
         """For the weights as they are now; None where the tower is frozen."""
-        return None if is_frozen(self.lm) else StepVision(self.lm)
+        return None if is_frozen(self.lm) else StepVision(self.lm, self._mesh.peers)
 
     def _rollouts(
         self, prompts: Sequence[Prompt], step: int, clock: Clock, vision: StepVision | None
@@ -182,7 +186,7 @@ class GrpoStage:
         self._engine.sync(self.lm)
         seen, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
         for _ in range(self.config.grpo.refill):
-            if not self._replicas.any(sum(s.has_signal for s in seen) < self._wanted):
+            if not self._mesh.everyone.any(sum(s.has_signal for s in seen) < self._wanted):
                 break
             with clock.phase("decode"):
                 prompts = self.feed.next(self.stream)
@@ -197,7 +201,7 @@ class GrpoStage:
     @property
     def _wanted(self) -> int:
         """Groups that this process's share of a step has."""
-        return len(self._replicas.share(range(self.config.rollout.prompts)))
+        return len(self._mesh.replicas.share(range(self.config.rollout.prompts)))
 
     def _chosen(self, seen: list[ScoredGroup]) -> list[ScoredGroup]:
         """What is trained on: with ``grpo.refill`` the first ``rollout.prompts`` groups with signal, else all."""
@@ -206,7 +210,9 @@ class GrpoStage:
     def _rollout(
         self, requests: Sequence[RolloutRequest], step: int, clock: Clock, vision: StepVision | None
     ) -> tuple[list[ScoredGroup], RolloutStats]:
-        """Scored groups in the order of the requests; each is scored and written down as soon as it is complete."""
+        """Scored groups in the order of the requests; each is scored and written down as soon as it is complete. Of
+        peers, each rolls out its share of the groups.
+        """
         scored: dict[int, ScoredGroup] = {}
 
         def finish(group: Group) -> None:
@@ -215,20 +221,25 @@ class GrpoStage:
                 one = self._shuffled(one, step) if self.config.reward.shuffle else one
                 scored[id(group.request)] = one
                 lines = completion_records([one], step)
-                if self._replicas.first:
+                if self._mesh.first:
                     self._keep(lines)
                 else:
                     self._later += lines
 
         if not requests:
             return [], RolloutStats()
-        _, rolled = self._engine.generate(requests, finish, vision)
-        return [scored[id(request)] for request in requests], rolled
+        peers, rolled = self._mesh.peers, RolloutStats()
+        if peers.size > 1 and (vision or self._cache):  # all of them take the tower's part together
+            encode_media(self.lm, [c for r in requests for c in r.prompt.media], vision or self._cache, peers)
+        own = peers.share(requests)
+        if own:
+            _, rolled = self._engine.generate(own, finish, vision)
+        return exchanged([scored[id(request)] for request in own], requests, peers), rolled
 
     def _hand_over(self) -> None:
         """Other processes' completions to the first one."""
-        for lines in self._replicas.gather(self._later)[1:]:
-            if self._replicas.first:
+        for lines in self._mesh.everyone.gather(self._later)[1:]:
+            if self._mesh.first:
                 self._keep(lines)
         self._later = []
 
@@ -241,7 +252,7 @@ class GrpoStage:
         sampling = Sampling(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.stop
         )
-        base, place = (self.config.train.seed * 1_000_003 + step) * 10_007, self._replicas.place
+        base, place = (self.config.train.seed * 1_000_003 + step) * 10_007, self._mesh.replicas.place
         return [RolloutRequest(p, rollout.group_size, sampling, base + place(first + i)) for i, p in enumerate(prompts)]
 
     def _shuffled(self, scored: ScoredGroup, step: int) -> ScoredGroup:
@@ -257,21 +268,20 @@ class GrpoStage:
         """All optimizer steps on one rollout; returns the counters of the last one, and loss and norm of the
         gradient of all processes. Where memory runs out a step is done again in smaller pieces, and so are later ones.
         """
-        config, begin, replicas = self.config, perf_counter(), self._replicas
+        config, begin, everyone, peers = self.config, perf_counter(), self._mesh.everyone, self._mesh.peers
         active, own = with_gradient(scored, kl=self.reference is not None), StepSize.of(scored)
-        if not replicas.any(bool(active)):  # nothing to learn from: the weights and the optimizer stay as they are
+        if not everyone.any(bool(active)):  # nothing to learn from: the weights and the optimizer stay as they are
             return UpdateStats(), 0.0, None
-        size = StepSize(*map(int, replicas.sum([own.tokens, own.rows])))
+        size = StepSize(*map(int, self._mesh.replicas.sum([own.tokens, own.rows])))
         rows, old, mismatch = config.train.micro_rows, None, None
-        how: dict[str, Any] = {"temperature": config.rollout.temperature, "micro_rows": rows}
-        how["prefix"] = config.train.prefix
 
         def run(tokens: int) -> UpdateStats:
             nonlocal old
-            now = {**how, "micro_tokens": tokens, "held": vision or self._cache}
+            how = How(config.rollout.temperature, rows, tokens, config.train.prefix, peers, config.parallel.sequence)
+            held = vision or self._cache
             if config.grpo.updates > 1 and old is None:
-                old = score_old(self.lm, active, **now)
-            return grpo_backward(self.lm, self.reference, active, config.grpo, size=size, old=old, **now)
+                old = score_old(self.lm, active, how, held)
+            return grpo_backward(self.lm, self.reference, active, config.grpo, how, size=size, old=old, held=held)
 
         def undo() -> None:
             nonlocal vision
@@ -282,10 +292,12 @@ class GrpoStage:
 
         reference_seconds = 0.0
         for _ in range(config.grpo.updates):
-            stats, self._micro_tokens, failed = fitting(run, active, rows, self._micro_tokens, undo=undo)
+            stats, self._micro_tokens, failed = fitting(
+                run, active, rows, self._micro_tokens, undo=undo, again=peers.size == 1
+            )
             self._out_of_memory += failed
-            (loss,) = replicas.sum([stats.loss])
-            replicas.add_gradients(p for _, p in named_trainable(self.lm))
+            (loss,) = everyone.sum([stats.loss])
+            everyone.add_gradients(p for _, p in named_trainable(self.lm))
             norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds
             mismatch = mismatch or stats.mismatch  # of the weights that rolled out

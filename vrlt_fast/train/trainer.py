@@ -18,7 +18,7 @@ from vrlt_fast.model.embed_cache import from_config
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model, pick_device
 from vrlt_fast.model.lora import AdapterReference, adapter_tensors, add_lora, load_adapters, saved_adapters
 from vrlt_fast.model.vision import is_frozen
-from vrlt_fast.parallel.replicas import Replicas, join, leave
+from vrlt_fast.parallel.mesh import Mesh, join, leave
 from vrlt_fast.report.console import Console
 from vrlt_fast.report.html import write_report
 from vrlt_fast.report.metrics import RunLog, read_jsonl_tolerant, truncate_after
@@ -64,20 +64,20 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     config = with_absolute_paths(config)
     threads_and_determinism(config)
-    replicas = join(pick_device(config.model.device))
+    mesh = join(pick_device(config.model.device), config.parallel.sp)
     try:
-        return _train(config, replicas, console or _console(replicas), resume=resume)
+        return _train(config, mesh, console or _console(mesh), resume=resume)
     finally:
         leave()
 
 
-def _console(replicas: Replicas) -> Console:
+def _console(mesh: Mesh) -> Console:
     """The first process prints; the others warn only."""
-    return Console() if replicas.first else Console(io.StringIO())
+    return Console() if mesh.first else Console(io.StringIO())
 
 
-def _train(config: Config, replicas: Replicas, console: Console, *, resume: bool) -> Path:
-    inputs = read_inputs(config, open_videos=replicas.first)
+def _train(config: Config, mesh: Mesh, console: Console, *, resume: bool) -> Path:
+    inputs = read_inputs(config, open_videos=mesh.first)
     for problem in inputs.broken:
         console.warn(f"will be left out: {problem}")
     torch.manual_seed(config.train.seed)
@@ -87,21 +87,21 @@ def _train(config: Config, replicas: Replicas, console: Console, *, resume: bool
         add_lora(lm, config.lora)
     run_dir = Path(config.train.out)
     with ExitStack() as stack:
-        if replicas.first:
+        if mesh.first:
             run_dir = open_run_folder(config) if resume else create_run_folder(config)
             stack.enter_context(lock_run_folder(run_dir))
-        replicas.wait()
-        trainer = Trainer(config, inputs, lm, run_dir, console, replicas)
+        mesh.everyone.wait()
+        trainer = Trainer(config, inputs, lm, run_dir, console, mesh)
         stack.enter_context(trainer.clips)
         if trainer.embeds is not None:
             stack.enter_context(trainer.embeds)
         if resume:
             trainer.restore()
-        if replicas.first:
+        if mesh.first:
             stack.enter_context(trainer.start_log())
         stack.enter_context(signals(trainer.stop))
         trainer.run()
-    if replicas.first:
+    if mesh.first:
         console.message(f"report: {write_report(run_dir)}")
     return run_dir
 
@@ -125,19 +125,19 @@ class Trainer:
         lm: VideoLM,
         run_dir: Path,
         console: Console,
-        replicas: Replicas | None = None,
+        mesh: Mesh | None = None,
     ):
-        self.replicas = replicas or Replicas()
+        self.mesh = mesh or Mesh()
         self.config, self.inputs, self.lm, self.run_dir, self.console = config, inputs, lm, run_dir, console
         self.clips = ClipSource(config.video, inputs.info.geometry, folder=run_dir, device=lm.device, warn=console.warn)
         root = data_root(config, "train")
         self.feed = Feed(
-            inputs.info, inputs.train, self.clips, config, root=root, warn=console.warn, replicas=self.replicas
+            inputs.info, inputs.train, self.clips, config, root=root, warn=console.warn, replicas=self.mesh.replicas
         )
         if config.train.recompute:
             enable_recompute(lm)
         self.embeds = from_config(config, lm, run_dir, console.warn) if is_frozen(lm) else None
-        of = f"-{self.replicas.rank}" if self.replicas.world > 1 else ""
+        of = f"-{self.mesh.everyone.rank}" if self.mesh.everyone.world > 1 else ""
         self.guard = Guard(run_dir / "bad_steps", console.warn, of)
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
@@ -168,11 +168,11 @@ class Trainer:
     def restore(self) -> None:
         """Go back to the newest checkpoint, and cut the logs back to it. Without one the run starts over."""
         stages = self.config.train.stages
-        if not self.replicas.first:
-            self.replicas.wait()  # the first process clears away what an interrupted save left
+        if not self.mesh.first:
+            self.mesh.everyone.wait()  # the first process clears away what an interrupted save left
         latest = latest_checkpoint(self.checkpoints, stages)
-        if self.replicas.first:
-            self.replicas.wait()
+        if self.mesh.first:
+            self.mesh.everyone.wait()
         if latest is None:
             self._cut_logs(stages[0], 0)
             self.console.message(f"no checkpoint in {self.checkpoints} yet: starting from the first step")
@@ -187,8 +187,9 @@ class Trainer:
         load_weights_into(latest, self.lm.module, verified=True)
         load_adapters(self.lm.module, loaded.tensors)
         # Also where the checkpoint ends a stage: the next one goes on with the counts and the random state.
-        counted, rank = loaded.state["feed"], self.replicas.rank
-        gone = counted[self.replicas.world :] if self.replicas.first else []  # processes that there aren't any more
+        counted, replicas = loaded.state["feed"], self.mesh.replicas
+        rank = replicas.rank
+        gone = counted[replicas.world :] if replicas.first else []  # processes that there aren't any more
         self.feed.load(*gone, *counted[rank : rank + 1])
         self.guard.in_a_row = int(loaded.state.get("bad_steps", 0))
         load_rng_tensors(loaded.tensors)
@@ -197,9 +198,9 @@ class Trainer:
         self.console.message(f"resuming from {latest}")
 
     def _cut_logs(self, stage: str, step: int) -> None:
-        stages, first = self.config.train.stages, self.replicas.first
+        stages, first = self.config.train.stages, self.mesh.first
         done = truncate_after(self.run_dir, stages, stage, step) if first else set()
-        self._evaluated = self.replicas.gather(done)[0]
+        self._evaluated = self.mesh.everyone.gather(done)[0]
 
     def run(self) -> None:
         """All stages that are left, each followed by an evaluation."""
@@ -234,9 +235,9 @@ class Trainer:
             advance(first - 1)
             for step in range(first, steps + 1):
                 record = stage.step(step)
-                failed, peak = zip(*self.replicas.gather((self.feed.failed, peak_gb())), strict=True)
+                failed, peak = self.mesh.replicas.gather(self.feed.failed), self.mesh.everyone.gather(peak_gb())
                 record |= {"failed_videos": sum(failed), "peak_gb": max(peak)}
-                if self.replicas.first:
+                if self.mesh.first:
                     self.log.train(record)
                 self.console.step(record)
                 advance(1)
@@ -248,17 +249,17 @@ class Trainer:
     def _make_stage(self, name: str) -> Stage:
         config = self.config
         seed = config.train.seed * 2 + config.train.stages.index(name)
-        more: dict[str, Any] = {"guard": self.guard, "cache": self.embeds, "replicas": self.replicas}
+        more: dict[str, Any] = {"guard": self.guard, "cache": self.embeds, "mesh": self.mesh}
         if name == "sft":
             optimizer = make_optimizer(self.lm, config.optim, config.sft.lr, seed)
             stream = self.feed.videos(config.sft.batch, seed)
             return SftStage(config, self.lm, self.feed, stream, optimizer, **more)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr, seed)
         stream = self.feed.questions(config.rollout.prompts, seed)
-        keep = self.log.completions if self.replicas.first else _forget
+        keep = self.log.completions if self.mesh.first else _forget
         more |= {"keep": keep, "say": self.console.message}
         stage = GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, **more)
-        longest = self.replicas.gather(self.inputs.longest)[0]  # the first process opened the videos
+        longest = self.mesh.everyone.gather(self.inputs.longest)[0]  # the first process opened the videos
         if config.grpo.steps and longest is not None and wanted(config, self.lm.device):
             stage.probe(longest.sample)
         return stage
@@ -283,7 +284,7 @@ class Trainer:
 
     def _after_step(self, stage: Stage, name: str, step: int) -> None:
         every, final = self.config.checkpoint.every, step == self.steps(name)
-        if self.replicas.any(self._stop_signal is not None):  # a signal may have come between two processes' steps
+        if self.mesh.everyone.any(self._stop_signal is not None):  # a signal may have come between two processes' steps
             self._stop_signal = self._stop_signal or "a signal to another process"
         if final or self._stop_signal or (every and step % every == 0):
             self._save(stage, name, step, final=final)
@@ -301,14 +302,14 @@ class Trainer:
             "step": step,
             "final": final,
             "stream": stage.stream.state(),
-            "feed": self.replicas.gather(self.feed.state()),
+            "feed": self.mesh.replicas.gather(self.feed.state()),
             "data": self.inputs.fingerprint,
             "bad_steps": self.guard.in_a_row,
         }
-        if self.replicas.first:
+        if self.mesh.first:
             self._write_checkpoint(optimizer, checkpoint_name(name, None if final else step), state)
             prune(self.checkpoints, name, self.config.checkpoint.keep)
-        self.replicas.wait()  # the next stage opens it
+        self.mesh.everyone.wait()  # the next stage opens it
 
     def _write_checkpoint(self, optimizer: MasterAdamW, name: str, state: dict[str, Any]) -> None:
         save_checkpoint(
@@ -344,9 +345,9 @@ class Trainer:
                 root=root,
                 progress=tick,
                 cache=self.embeds,
-                replicas=self.replicas,
+                replicas=self.mesh.everyone,
             )
-        if not self.replicas.first:
+        if not self.mesh.first:
             return
         for error in result.failed:
             self.console.warn(f"question left out of the evaluation: {error}")

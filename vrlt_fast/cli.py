@@ -89,6 +89,18 @@ def _train(command: Command) -> int:
     return 0
 
 
+def _check(command: Command) -> int:
+    config = _config(command.flags.files, command.overrides, "train")
+    from vrlt_fast.train.fit import check_fits, fit_of, report
+    from vrlt_fast.train.setup import read_inputs
+
+    inputs = read_inputs(config)
+    found = fit_of(config, inputs)
+    sys.stdout.write(report(config, inputs, found))
+    check_fits(found)
+    return 0
+
+
 def _config(names: Sequence[str], overrides: dict[str, str], verb: str) -> Config:
     from vrlt_fast.config_load import load_config
     from vrlt_fast.recipe import find_file
@@ -280,6 +292,7 @@ def _recipe_cp(command: Command) -> int:
 _COMMANDS: dict[str, Callable[[Command], int]] = {
     "train": _train,
     "eval": _eval,
+    "check": _check,
     "data demo": _data_demo,
     "data check": _data_check,
     "report": _report,

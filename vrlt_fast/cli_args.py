@@ -37,6 +37,10 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
 
 
+def _check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="RECIPE|FILE.toml", help="merged left to right")
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="an HF folder; a checkpoint brings its run's configuration")
     parser.add_argument("--data", metavar="FILE.jsonl", help="held-out samples (data.eval)")
@@ -93,6 +97,7 @@ def _name_out(parser: argparse.ArgumentParser) -> None:
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("train a model", _train),
     "eval": ("measure a model on held-out samples", _eval),
+    "check": ("check a run's inputs, and whether it fits into memory", _check),
     "data demo": ("make the demo data set and its tiny model", _data_demo),
     "data check": ("check a file of samples", _data_check),
     "report": ("write RUN/report.html again", _report),
@@ -103,7 +108,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "recipe show": ("print a recipe", _name),
     "recipe cp": ("copy a recipe, to edit it", _name_out),
 }
-_WITH_OVERRIDES = ("train", "eval", "data check")
+_WITH_OVERRIDES = ("train", "eval", "check", "data check")
 _PASSED_ON = ("bench",)
 
 

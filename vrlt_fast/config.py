@@ -242,6 +242,9 @@ class OptimConfig(_Section):
     """Steps of linear warm-up at the start of each stage."""
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest norm of the gradient."""
+    states: Literal["float32", "bfloat16"] = "float32"
+    """Data type that AdamW's two moments are kept in; bfloat16 ones are rounded stochastically and take half the
+    memory. Steps are computed in fp32 on fp32 weights either way."""
 
 
 class TrainConfig(_Section):
@@ -262,6 +265,12 @@ class TrainConfig(_Section):
     Where memory runs out, the step is done again with half as many, and the run goes on with that."""
     prefix: Literal["shared", "replicated"] = "shared"
     """GRPO's passes: a prompt once for all of its responses, or, to check that, a copy a response, one by one."""
+    verify_shared_prefix: Literal["off", "first_step"] = "off"
+    """first_step: before the first GRPO update of a run, or of a resumed one, compare log-probs and all gradients of
+    two responses with those of replicated rows, and end the run where they differ by more than rounding."""
+    probe: Literal["auto", "on", "off"] = "auto"
+    """Take the largest GRPO update that the data allow before the first step, without training on it, to find out
+    whether it fits and what it needs; auto: on a GPU."""
     recompute: bool = False
     """Activation checkpointing: keep the inputs of layers alone, and compute the layers again in the backward pass."""
 

@@ -91,6 +91,9 @@ def check(config: Config, verb: Verb | None = None, origins: Mapping[str, str] |
         bad("VRLT-C02", "optim.betas", f"is {list(config.optim.betas)}", "both values must be in [0, 1)")
     if config.sft.narration and config.prompt.video_layout != "interleaved":
         bad("VRLT-C04", "sft.narration", "needs prompt.video_layout = interleaved", "set it to 0, or change the layout")
+    if config.train.verify_shared_prefix != "off" and config.train.prefix == "replicated":
+        fix = 'set it to "off", or train.prefix to "shared"'
+        bad("VRLT-C04", "train.verify_shared_prefix", "checks what train.prefix = replicated doesn't do", fix)
     if "<|" in config.prompt.system:
         bad("VRLT-C02", "prompt.system", "contains a control token such as <|video_pad|>", "remove it from the text")
     if config.train.seed >= 2**63:

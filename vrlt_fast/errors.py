@@ -55,6 +55,8 @@ CODES: dict[str, str] = {
     "VRLT-E03": "needs a source checkout",
     "VRLT-E04": "vLLM doesn't start",
     "VRLT-E05": "out of memory in the update",
+    "VRLT-E06": "shared prefix differs from replicated rows",
+    "VRLT-E07": "the run doesn't fit into memory",
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
     "VRLT-S03": "logits of a rollout not finite",

@@ -206,6 +206,8 @@ def test_plans_and_places():
     small = plan_kv(shape, [10], [100], 5, budget=shape.token_bytes * 30, max_rows=64)
     assert small.slots == 3
     assert small.nbytes(shape) == shape.token_bytes * 30
+    with pytest.raises(ConfigError, match="VRLT-C04"):  # less than the slot of padding rows
+        plan_kv(shape, [10], [100], 5, budget=1, max_rows=64)
     other = plan_kv(shape, [5, 5], [1, 1], 9, budget=10**9, max_rows=64)
     both = small.joined(other)
     assert both.holds(small)

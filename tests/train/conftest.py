@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vrlt_fast.config import Config, ModelConfig, PromptConfig, VideoConfig
 from vrlt_fast.data.readers import read_jsonl, resolve_video
 from vrlt_fast.model.load import load_model
 from vrlt_fast.model.prompt import encode_prompt
+from vrlt_fast.report.console import Console
+from vrlt_fast.train.trainer import train
 from vrlt_fast.video.cache import ClipLoader
 
 VIDEO = {"sampling": "fps", "fps": 1.0, "min_frames": 2, "min_pixels": 784, "max_pixels": 1568}
@@ -46,6 +51,30 @@ def make_config(demo, tiny_folder, tmp_path):
         return Config.model_validate(tree)
 
     return make
+
+
+@pytest.fixture
+def two_steps(make_config, tmp_path):
+    """``two_steps(name, section={key: value})``: a run of two GRPO steps; what it printed, all tensors of its last
+    checkpoint by file and name, and its completions.
+    """
+
+    def run(name, **changes):
+        tree = {
+            "grpo": {"steps": 2, "lr": 1e-3, "beta": 0.05},
+            "optim": {"weight_decay": 10.0, "warmup": 1},
+            "eval": {"samples": 1, "start": False},
+            **changes,
+        }
+        folder = tmp_path / name
+        tree["train"] = {"stages": ["grpo"], "out": str(folder), **changes.get("train", {})}
+        out = io.StringIO()
+        train(make_config(**tree), console=Console(file=out, errors=out))
+        files = sorted((folder / "checkpoints" / "grpo-final").rglob("*.safetensors"))
+        tensors = {f"{f.parent.name}/{f.name}/{k}": t for f in files for k, t in load_file(f).items()}
+        return out.getvalue(), tensors, (folder / "completions.jsonl").read_bytes()
+
+    return run
 
 
 @pytest.fixture

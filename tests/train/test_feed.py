@@ -144,3 +144,19 @@ def test_thinking_is_asked_where_it_is_wanted(make_feed, seed):
     for prompt in prompts:
         assert prompt.asked.think == prompt.sample.wants_spans
         assert ("<think>" in prompt.text) == prompt.sample.wants_spans
+
+
+def test_one_prompt_out_of_order_counts_nothing(make_feed, seed):
+    feed, lines, bad = make_feed(1)
+    stream = feed.questions(3, seed)
+    before = feed.state()
+    for index, sample in enumerate(feed.samples[:6]):
+        prompt = feed.prompt(index)
+        assert (prompt is None) == (sample.video in bad)
+        assert prompt is None or prompt.sample is sample
+    broken = next(i for i, s in enumerate(feed.samples) if s.video in bad)
+    told = len(lines)
+    assert feed.prompt(broken) is None
+    assert "VRLT-V02" in lines[told]
+    assert feed.state() == before
+    assert stream.state() == feed.questions(3, seed).state()

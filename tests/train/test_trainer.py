@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.errors import DataError
@@ -135,7 +136,7 @@ def stage_of(kind, config, reference=True, keep=lambda lines: None):
     twin = load_model(config.model, inputs.info) if reference else None
     optimizer = make_optimizer(lm, config.optim, config.grpo.lr)
     stream = feed.questions(config.rollout.prompts, 1)
-    return GrpoStage(config, lm, twin, feed, stream, optimizer, guard=guard, keep=keep)
+    return GrpoStage(config, lm, twin, feed, stream, optimizer, guard=guard, keep=keep, say=print)
 
 
 def test_sft_steps_lower_the_loss(make_config):
@@ -239,3 +240,28 @@ def test_an_interrupted_rollout_has_written_what_was_complete(make_config):
     assert len(lines) == 3
     assert len({line["id"] for line in lines}) == 1
     assert all(line["reward"] is not None and line["response"] is not None for line in lines)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_in_bf16_resume_as_if_nothing_had_happened(make_config, tmp_path, dtype):
+    found = []
+    for name in ("whole", "resumed"):
+        config = make_config(
+            model={"dtype": dtype},
+            optim={"states": "bfloat16", "weight_decay": 10.0, "warmup": 1},
+            grpo={"steps": 2},
+            train={"stages": ["grpo"], "out": str(tmp_path / name)},
+            eval={"samples": 1, "start": False},
+        )
+        run = train(config, console=Console(file=io.StringIO()))
+        if name == "resumed":
+            shutil.rmtree(run / "checkpoints" / "grpo-final")
+            train(config, resume=True, console=Console(file=io.StringIO()))
+        files = sorted((run / "checkpoints" / "grpo-final").rglob("*.safetensors"))
+        found.append({(f.parent.name, f.name, k): t for f in files for k, t in load_file(f).items()})
+    whole, resumed = found
+    moments = [t for (_, _, k), t in whole.items() if k.endswith(("/exp_avg", "/exp_avg_sq"))]
+    assert {t.dtype for t in moments} == {torch.bfloat16}
+    assert whole.keys() == resumed.keys()
+    assert [k for k, t in whole.items() if not torch.equal(resumed[k], t)] == []

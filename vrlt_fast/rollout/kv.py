@@ -83,7 +83,7 @@ def plan_kv(
     if per * (sum(prefixes) + slots * length) <= budget:
         return KvPlan(sum(prefixes), len(prefixes), slots, length, longest, most)
     resident = budget // (per * (longest + most * length))
-    if resident:
+    if resident > 0:
         return KvPlan(resident * longest, resident, min(resident * most, max_rows), length, longest, most)
     fit = (budget // per - longest) // length
     if fit < 1:

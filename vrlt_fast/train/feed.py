@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vrlt_fast.config import Config
+from vrlt_fast.config import Config, PromptConfig
 from vrlt_fast.data.readers import resolve_images, resolve_video
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.data.stream import BatchStream
@@ -85,6 +85,20 @@ class Feed:
             self._followed = stream
             self._loader.expect(self._root / self.samples[index].video for batch in ahead for index in batch)
 
+    def prompt(self, index: int) -> Prompt | None:
+        """The prompt of one sample, out of order and uncounted; None, with a warning, where its video fails."""
+        sample = self.samples[index]
+        try:
+            return self._encoded(sample, self._loader.load(resolve_video(sample, self._root)), self._config.prompt)
+        except DataError as error:
+            self._warn(f"{sample.line or sample.id}: {error}")
+            return None
+
+    def _encoded(self, sample: Sample, clip: Clip, asked: PromptConfig) -> Prompt:
+        images = [self._images.load(path) for path in resolve_images(sample, self._root) if asked.images]
+        reserve = self._config.rollout.max_new_tokens
+        return encode_prompt(self._info, sample, clip, asked, images=images, reserve=reserve)
+
     def _prompts(self, indices: Sequence[int], thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
         prompts = []
         readable: dict[str, bool] = {}  # a video counts once, however many questions about it the step has
@@ -95,12 +109,10 @@ class Feed:
             clip: Clip | None = None
             try:
                 clip = self._loader.load(resolve_video(sample, self._root))
-                reserve = self._config.rollout.max_new_tokens
                 asked = self._config.prompt
-                images = [self._images.load(path) for path in resolve_images(sample, self._root) if asked.images]
                 if thinks is not None and thinks(sample):
                     asked = asked.model_copy(update={"think": True})
-                prompts.append(encode_prompt(self._info, sample, clip, asked, images=images, reserve=reserve))
+                prompts.append(self._encoded(sample, clip, asked))
             except DataError as error:
                 if clip is None and isinstance(error, VideoError):
                     readable[sample.video] = False

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 from vrlt_fast.config import OptimConfig
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.train.rounding import noise_, round_to_bf16
+
+PIECE = 2**24
+"""Values whose moments are fp32 at a time where they are kept in bf16."""
 
 
 def named_trainable(lm: VideoLM) -> list[tuple[str, torch.nn.Parameter]]:
@@ -21,11 +27,16 @@ class MasterAdamW(torch.optim.AdamW):
 
     A step of 1e-6 is below half a bf16 ulp of most weights: without the copies it would be lost. ``masters`` are the
     tensors that are optimized, by name: the parameter itself where it is fp32 (or fp64) already.
+
+    With ``optim.states = "bfloat16"`` the moments are rounded stochastically after each step, which is in fp32 itself;
+    how is a function of ``seed``, the parameter's name and its number of steps, so that processes and resumed runs do
+    the same.
     """
 
-    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], optim: OptimConfig, lr: float):
+    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], optim: OptimConfig, lr: float, seed: int = 0):
         self.parameters = dict(named)
         self.masters = {name: p if p.dtype.itemsize >= 4 else _master(p) for name, p in named}
+        self._narrow, self._seed = optim.states == "bfloat16", seed
         matrices = [m for m in self.masters.values() if m.ndim >= 2]
         others = [m for m in self.masters.values() if m.ndim < 2]
         groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -43,16 +54,44 @@ class MasterAdamW(torch.optim.AdamW):
 
     def update(self) -> None:
         """One step from the parameters' gradients, which are cleared."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
-        self.step()
+        if self._narrow:
+            self._narrow_step()
+        else:
+            for name, parameter in self.parameters.items():
+                master = self.masters[name]
+                if master is not parameter:
+                    master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            self.step()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
         self.clear()
+
+    @torch.no_grad()
+    def _narrow_step(self) -> None:
+        """As :meth:`step`, with moments in bf16; a piece of one parameter at a time is fp32."""
+        groups = {id(master): group for group in self.param_groups for master in group["params"]}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            master = self.masters[name]
+            state = self.state[master]
+            if not state:
+                state["step"] = torch.zeros((), device=master.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.zeros(master.shape, dtype=torch.bfloat16, device=master.device)
+            step = int(state["step"])
+            for begin in range(0, master.numel(), PIECE):
+                part = slice(begin, begin + PIECE)
+                weights, first, second = (t.view(-1)[part] for t in (master, state["exp_avg"], state["exp_avg_sq"]))
+                gradient = parameter.grad.reshape(-1)[part].to(master.dtype)
+                wide = [moment.to(master.dtype) for moment in (first, second)]
+                _adamw(weights, gradient, wide, state["step"].clone(), groups[id(master)])
+                noise = noise_(first.new_empty(len(first), dtype=torch.int32), f"{self._seed} {step} {name} {begin}")
+                first.copy_(round_to_bf16(wide[0].float(), noise & 0xFFFF))
+                second.copy_(round_to_bf16(wide[1].float(), (noise >> 16) & 0xFFFF))
+            state["step"] += 1
 
     def clear(self) -> None:
         """Drop all gradients."""
@@ -61,13 +100,40 @@ class MasterAdamW(torch.optim.AdamW):
             parameter.grad = None
 
 
+def _adamw(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: Sequence[torch.Tensor],
+    step: torch.Tensor,
+    group: Mapping[str, Any],
+) -> None:
+    """torch's fused step on flat tensors, in place; counts ``step`` on."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        [weights],
+        [gradient],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [step],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
 def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(parameter.detach().float().clone())
 
 
-def make_optimizer(lm: VideoLM, optim: OptimConfig, lr: float) -> MasterAdamW:
-    """AdamW with weight decay on matrices only."""
-    return MasterAdamW(named_trainable(lm), optim, lr)
+def make_optimizer(lm: VideoLM, optim: OptimConfig, lr: float, seed: int = 0) -> MasterAdamW:
+    """AdamW with weight decay on matrices only; ``seed`` as in :class:`MasterAdamW`."""
+    return MasterAdamW(named_trainable(lm), optim, lr, seed)
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -31,6 +31,7 @@ from vrlt_fast.model.lora import check_lora
 from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
 from vrlt_fast.rollout.vllm import check_vllm
+from vrlt_fast.train.memory import Longest
 from vrlt_fast.video.cache import upright
 from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.index import VideoIndex, probe
@@ -39,6 +40,8 @@ from vrlt_fast.video.sampling import TUBELET, choose, settings_of
 
 PROBED = 2000
 """Training videos that are opened before the run; `vrlt data check` opens all."""
+COUNTED = 32
+"""Prompts among which the longest is found by counting their text's tokens."""
 RESOLVED = "config.resolved.toml"
 FREE_TO_CHANGE = {"log", "checkpoint", "eval", "embed_cache", "parallel"}
 FREE_KEYS = {
@@ -46,7 +49,8 @@ FREE_KEYS = {
     for key in VideoConfig.model_fields
     if key in ("workers", "deadline", "prefetch") or key.startswith("cache_")
 } | {f"rollout.{key}" for key in ("kv_gb", "max_rows", "cuda_graphs", "prefill_chunk")}
-"""What decides how fast videos and responses come, not what comes."""
+FREE_KEYS |= {"train.verify_shared_prefix", "train.probe"}
+"""What decides how fast videos and responses come, not what comes, and what is checked."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ class Inputs:
     heldout: list[Sample]
     fingerprint: str
     broken: tuple[Problem, ...]
+    longest: Longest | None
 
 
 def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
     """Read and check model folder, annotations and, unless another process does that, videos. Loads no weights, writes
     nothing.
 
-    ``broken`` lists probed videos that can't be used, when they are few enough for the run to go on without them.
+    ``broken`` lists probed videos that can't be used, when they are few enough for the run to go on without them;
+    ``longest`` is known where a training video could be opened.
 
     Raises:
         VrltError: all problems of the annotation files at once; the model's; D10 for prompts that are too long; D12
@@ -87,9 +93,12 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
     heldout: list[Sample] = []
     if config.data.eval:
         heldout = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
-    broken = _probe(config, info, train, data_root(config, "train")) if open_videos else []
-    broken += _probe(config, info, heldout, data_root(config, "eval")) if heldout and open_videos else []
-    return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken))
+    broken: list[Problem] = []
+    longest: Longest | None = None
+    if open_videos:
+        broken, longest = _probe(config, info, train, data_root(config, "train"))
+        broken += _probe(config, info, heldout, data_root(config, "eval"))[0] if heldout else []
+    return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken), longest)
 
 
 def _check_replicas(config: Config) -> None:
@@ -103,8 +112,12 @@ def _check_replicas(config: Config) -> None:
             raise ConfigError(Problem("VRLT-C04", what, "parallel.replicas", "some would have nothing to do", fix))
 
 
-def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Path) -> list[Problem]:
-    """Open the videos and measure the prompts. Returns the problems of videos that the run can do without."""
+def _probe(
+    config: Config, info: ModelInfo, samples: Sequence[Sample], root: Path
+) -> tuple[list[Problem], Longest | None]:
+    """Open the videos and measure the prompts. Returns the problems of videos that the run can do without, and the
+    longest prompt.
+    """
     by_video: dict[str, list[Sample]] = {}
     for sample in samples:
         by_video.setdefault(sample.video, []).append(sample)
@@ -112,6 +125,7 @@ def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Pat
     images = ImageLoader(config.video, info.geometry)
     failed: list[Problem] = []
     long: list[Problem] = []
+    sizes: list[tuple[_Size, Sample]] = []
     for video in videos:
         try:
             index = probe(resolve_video(by_video[video][0], root))
@@ -122,10 +136,12 @@ def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Pat
         for sample in by_video[video]:
             try:
                 shown = resolve_images(sample, root) if config.prompt.images else ()
-                problem = _too_long(config, info, sample, index, size, [images.n_tokens(path) for path in shown])
+                measured = _measure(config, info, index, size, [images.n_tokens(path) for path in shown])
             except VideoError as error:
                 failed += [_at(p, sample) for p in error.problems]
                 continue
+            sizes.append((measured, sample))
+            problem = _too_long(config, info, sample, measured)
             long += [problem] if problem else []
     if long:
         raise DataError(long)
@@ -133,7 +149,48 @@ def _probe(config: Config, info: ModelInfo, samples: Sequence[Sample], root: Pat
         what = f"{len(failed)} of {len(videos)} videos can't be used"
         head = Problem("VRLT-D12", what, str(root), fix="mend or remove them: vrlt data check FILE lists all")
         raise DataError([*failed, head])
-    return failed
+    return failed, _longest(config, info, samples, sizes)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Tokens of a prompt without its text: of its video (of which ``frames``), its images, and ``around`` the video."""
+
+    video: int
+    images: int
+    around: int
+    frames: str
+
+    @property
+    def tokens(self) -> int:
+        return self.video + self.images + self.around
+
+
+def _measure(config: Config, info: ModelInfo, index: VideoIndex, size: tuple[int, int], images: Sequence[int]) -> _Size:
+    (height, width), factor = size, info.geometry.factor
+    frames = len(choose(index, settings_of(config.video)).frames)
+    tokens = frames // TUBELET * (height // factor) * (width // factor)
+    blocks = info.frame_blocks or config.prompt.video_layout == "interleaved"
+    around = 8 * frames // TUBELET if blocks else 2
+    return _Size(tokens, sum(images), around, f"{frames} frames of {width} x {height}")
+
+
+def _longest(
+    config: Config, info: ModelInfo, samples: Sequence[Sample], sizes: Sequence[tuple[_Size, Sample]]
+) -> Longest | None:
+    """Of those that are longest with a token for four characters of text, the longest."""
+    if not sizes:
+        return None
+    likely = sorted(sizes, key=lambda pair: -pair[0].tokens - len(user_text(pair[1], config.prompt)) // 4)[:COUNTED]
+    counted = [(size.tokens + _text_tokens(config, info, sample), size, sample) for size, sample in likely]
+    tokens, size, sample = max(counted, key=lambda found: found[0])
+    place = next(i for i, other in enumerate(samples) if other is sample)
+    return Longest(place, tokens, (size.video + size.images) * info.geometry.merge**2)
+
+
+def _text_tokens(config: Config, info: ModelInfo, sample: Sample) -> int:
+    shown = len(sample.images) if config.prompt.images else 0
+    return len(info.tokenizer(render(info, sample, config.prompt, images=shown), add_special_tokens=False)["input_ids"])
 
 
 def _at(problem: Problem, sample: Sample) -> Problem:
@@ -150,30 +207,19 @@ def _resized(config: Config, info: ModelInfo, index: VideoIndex) -> tuple[int, i
         raise VideoError(Problem("VRLT-V06", "frames can't be resized", str(index.path), str(error), fix)) from None
 
 
-def _too_long(
-    config: Config, info: ModelInfo, sample: Sample, index: VideoIndex, size: tuple[int, int], images: Sequence[int]
-) -> Problem | None:
-    (height, width), factor, reserve = size, info.geometry.factor, config.rollout.max_new_tokens
-    frames = len(choose(index, settings_of(config.video)).frames)
-    tokens = frames // TUBELET * (height // factor) * (width // factor)
-    blocks = info.frame_blocks or config.prompt.video_layout == "interleaved"
-    others = (8 * frames // TUBELET if blocks else 2) + sum(images)
-    if (
-        tokens + others + reserve + 32 < info.context // 2
-        and len(user_text(sample, config.prompt) + config.prompt.system) < 2000
-    ):
+def _too_long(config: Config, info: ModelInfo, sample: Sample, size: _Size) -> Problem | None:
+    reserve = config.rollout.max_new_tokens
+    characters = len(user_text(sample, config.prompt) + config.prompt.system)
+    if size.tokens + reserve + 32 < info.context // 2 and characters < 2000:
         return None
-    rendered = render(info, sample, config.prompt, images=len(images))
-    text = len(info.tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    needed = tokens + others + text + reserve
+    needed = size.tokens + _text_tokens(config, info, sample) + reserve
     if needed <= info.context:
         return None
     return Problem(
         "VRLT-D10",
         f"prompt and response need {needed} tokens, the model's context is {info.context}",
         where=sample.line,
-        why=f"{tokens} tokens are video ({frames} frames of {width} x {height}), {sum(images)} images, "
-        f"{reserve} response",
+        why=f"{size.video} tokens are video ({size.frames}), {size.images} images, {reserve} response",
         fix="lower video.max_frames, video.max_pixels, video.image_max_pixels or rollout.max_new_tokens",
     )
 
@@ -316,14 +362,15 @@ def _git() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def describe(config: Config, inputs: Inputs) -> str:
-    """What `vrlt train --dry-run` says after the resolved configuration."""
+def describe(config: Config, inputs: Inputs, memory: str) -> str:
+    """What `vrlt train --dry-run` says after the resolved configuration; ``memory`` is the estimate in words."""
     lines = [
         f"model     {inputs.info.path} ({inputs.info.family}, context {inputs.info.context})",
         f"train     {len(inputs.train)} samples, {len({s.video for s in inputs.train})} videos",
         f"held out  {len(inputs.heldout)} questions",
         f"stages    {', '.join(config.train.stages)}",
         f"per step  {config.rollout.prompts} prompts x {config.rollout.group_size} responses",
+        f"memory    {memory}",
     ]
     lines += [str(p) for p in inputs.broken]
     return "\n".join(lines)

@@ -24,10 +24,12 @@ from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard, describe_prompts
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr, named_trainable
 from vrlt_fast.train.plan import fitting
+from vrlt_fast.train.probe import probe_step
 from vrlt_fast.train.records import Clock, Record, StepView, completion_records, describe, summary
 from vrlt_fast.train.scored import ScoredGroup, StepSize, score_groups, with_gradient, with_rewards
 from vrlt_fast.train.sft import Narration, SftSize, answer_tokens, sft_backward
 from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
+from vrlt_fast.train.verify import check_prefix
 
 
 class Stage(Protocol):
@@ -106,7 +108,8 @@ class SftStage:
 class GrpoStage:
     """Group rollouts, the dual reward, and the clipped update against a frozen reference.
 
-    ``keep`` takes the lines of completions.jsonl of each group as soon as its last response has ended.
+    ``keep`` takes the lines of completions.jsonl of each group as soon as its last response has ended; ``say`` a line
+    for the console.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class GrpoStage:
         *,
         guard: Guard,
         keep: Callable[[list[Record]], None],
+        say: Callable[[str], None],
         cache: EmbeddingCache | None = None,
         replicas: Replicas | None = None,
     ):
@@ -128,9 +132,20 @@ class GrpoStage:
         self.config, self.lm, self.reference, self.feed = config, lm, reference, feed
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
         self._guard, self._micro_tokens, self._out_of_memory = guard, config.train.micro_tokens, 0
+        self._say, self._unverified = say, config.train.verify_shared_prefix == "first_step"
         self._engine = open_engine(config, lm, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
+
+    def probe(self, sample: int) -> None:
+        """Take the largest update, behind the prompt of this sample, and go on with pieces that fit.
+
+        Raises:
+            SetupError: E05 none fits.
+        """
+        prompt = self.feed.prompt(sample)
+        if prompt is not None:
+            self._micro_tokens = probe_step(self.lm, self.reference, prompt, self.config, self.optimizer, self._say)
 
     def step(self, step: int) -> Record:
         config, clock = self.config, Clock()
@@ -142,6 +157,9 @@ class GrpoStage:
             return record | clock.record()
         vision = self._step_vision()
         seen, rolled = self._rollouts(prompts, step, clock, vision)
+        if self._unverified:
+            tokens, self._unverified = self._micro_tokens, False
+            check_prefix(self.lm, seen, config, self._replicas, self._say, micro_tokens=tokens)
         scored = self._chosen(seen)
         stats, loss, norm = self._update(scored, lr, clock, vision)
         fine = norm is None or self._guard.look("grpo", step, loss, norm, lambda: describe(scored))

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
-import resource
-import signal
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -41,8 +35,11 @@ from vrlt_fast.train.checkpoint import (
     save_checkpoint,
 )
 from vrlt_fast.train.feed import Feed
+from vrlt_fast.train.fit import fit_of
 from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import MasterAdamW, make_optimizer
+from vrlt_fast.train.probe import wanted
+from vrlt_fast.train.process import peak_gb, signals, threads_and_determinism
 from vrlt_fast.train.setup import (
     Inputs,
     create_run_folder,
@@ -66,7 +63,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             checkpoint; other codes as they happen. Everything but C, D01-D11, M and R01 can go on with ``resume=True``.
     """
     config = with_absolute_paths(config)
-    _threads_and_determinism(config)
+    threads_and_determinism(config)
     replicas = join(pick_device(config.model.device))
     try:
         return _train(config, replicas, console or _console(replicas), resume=resume)
@@ -102,7 +99,7 @@ def _train(config: Config, replicas: Replicas, console: Console, *, resume: bool
             trainer.restore()
         if replicas.first:
             stack.enter_context(trainer.start_log())
-        stack.enter_context(_signals(trainer.stop))
+        stack.enter_context(signals(trainer.stop))
         trainer.run()
     if replicas.first:
         console.message(f"report: {write_report(run_dir)}")
@@ -115,7 +112,7 @@ def dry_run(config: Config) -> str:
     """
     inputs = read_inputs(config)
     refuse_existing(Path(config.train.out))
-    return dump_toml(config) + "\n" + describe(config, inputs)
+    return dump_toml(config) + "\n" + describe(config, inputs, fit_of(config, inputs).line)
 
 
 class Trainer:
@@ -253,13 +250,18 @@ class Trainer:
         seed = config.train.seed * 2 + config.train.stages.index(name)
         more: dict[str, Any] = {"guard": self.guard, "cache": self.embeds, "replicas": self.replicas}
         if name == "sft":
-            optimizer = make_optimizer(self.lm, config.optim, config.sft.lr)
+            optimizer = make_optimizer(self.lm, config.optim, config.sft.lr, seed)
             stream = self.feed.videos(config.sft.batch, seed)
             return SftStage(config, self.lm, self.feed, stream, optimizer, **more)
-        optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr)
+        optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr, seed)
         stream = self.feed.questions(config.rollout.prompts, seed)
         keep = self.log.completions if self.replicas.first else _forget
-        return GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, keep=keep, **more)
+        more |= {"keep": keep, "say": self.console.message}
+        stage = GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, **more)
+        longest = self.replicas.gather(self.inputs.longest)[0]  # the first process opened the videos
+        if config.grpo.steps and longest is not None and wanted(config, self.lm.device):
+            stage.probe(longest.sample)
+        return stage
 
     def _reference(self) -> VideoLM | None:
         """The frozen policy from which GRPO started: the end of the stage before, or the model folder. Where adapters
@@ -358,40 +360,3 @@ class Trainer:
 
 def _forget(lines: list[dict[str, Any]]) -> None:
     """The first process writes them."""
-
-
-def peak_gb() -> float:
-    """Largest memory so far in GB (10^9 bytes): of the GPU where one is used, else resident memory of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def _threads_and_determinism(config: Config) -> None:
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.train.deterministic)
-
-
-class _signals:
-    """SIGTERM and SIGINT ask for an orderly stop; a second SIGINT interrupts at once."""
-
-    def __init__(self, stop: Callable[[str], None]):
-        self._stop = stop
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._stop(signal.Signals(number).name)
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

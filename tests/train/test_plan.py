@@ -104,7 +104,9 @@ def test_a_run_goes_on_after_memory_ran_out(make_config, tmp_path, monkeypatch, 
     for fails in (False, True):
         limits.clear()
         where = {"stages": ["grpo"], "out": str(tmp_path / str(fails))}
-        config = make_config(train=where, grpo=grpo, eval={"samples": 1, "start": False})
+        # an untrained model earns nothing: the decay leads away from the reference, else gradients are rounding alone
+        decay = {"weight_decay": 10.0, "warmup": 1}
+        config = make_config(train=where, grpo=grpo, optim=decay, eval={"samples": 1, "start": False})
         run = train(config, console=Console())
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found.append([r for r in records if r["kind"] == "train"])

@@ -26,7 +26,7 @@ runs/demo-data/tiny-model: | $(TRAIN)
 	$(BIN)/vrlt data demo runs/demo-data
 
 test: check
-	$(PYTEST) -n 2 -m "not slow and not gpu"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-full: check
 	$(BIN)/python -m bench full_suite

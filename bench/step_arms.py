@@ -169,7 +169,7 @@ class OurStage(GrpoStage):
     def __init__(self, setting: Setting, folder: Path):
         feed, kept = setting.feed(), Guard(folder, _fail)
         given = (setting.config, setting.lm, setting.reference, feed, setting.stream(), setting.optimizer)
-        super().__init__(*given, guard=kept, keep=lambda lines: None)
+        super().__init__(*given, guard=kept, keep=_ignore, say=_ignore)
         self._reward, self._timed, self._source = setting.reward, setting.optimizer, setting.source
 
     def timed(self, step: int) -> dict[str, float]:
@@ -311,6 +311,10 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
+
+
+def _ignore(told: Any) -> None:
+    """What a run would write or print."""
 
 
 def _fail(message: str) -> None:

@@ -137,7 +137,7 @@ class GatherKV:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        out: torch.Tensor = _SharedAttention.apply(query, key, value, self, scale)
+        out: torch.Tensor = _SharedAttention.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
         return out
 
     def gather(self, key: torch.Tensor, value: torch.Tensor, why: str) -> torch.Tensor:
@@ -224,7 +224,8 @@ class Ulysses:
         """[N, H / size, d] of all tokens to [n, H, d] of the own."""
         size, own = self.peers.size, self.counts[self.peers.rank]
         parts = self.peers.exchange(x[self.places], self.counts, [own] * size, "heads for tokens")
-        return parts.unflatten(0, (size, own)).transpose(0, 1).flatten(1, 2)
+        out: torch.Tensor = parts.unflatten(0, (size, own)).transpose(0, 1).flatten(1, 2)
+        return out
 
 
 def check_method(method: Method, size: int, query_heads: int, key_heads: int) -> None:
@@ -289,4 +290,4 @@ def run_share(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:
 def is_recomputed(lm: VideoLM) -> bool:
     """Whether layers are computed again in the backward pass."""
     layers = lm.module.model.language_model.layers
-    return lm.module.training and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    return bool(lm.module.training) and any(getattr(layer, "gradient_checkpointing", False) for layer in layers)

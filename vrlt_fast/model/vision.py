@@ -98,10 +98,8 @@ def _part(pictures: Sequence[Pictures], rank: int, size: int) -> list[Pictures]:
 def _nothing(lm: VideoLM) -> VisionEmbeds:
     """No tokens, but with a gradient where those of others have one."""
     levels = len(getattr(lm.module.model.visual, "deepstack_visual_indexes", ()))
-    made = [
-        torch.zeros(0, lm.info.config.text_config.hidden_size, dtype=lm.dtype, device=lm.device)
-        for _ in range(levels + 1)
-    ]
+    width = lm.info.config.text_config.hidden_size
+    made = [torch.zeros(0, width, dtype=lm.dtype, device=lm.device) for _ in range(levels + 1)]
     if torch.is_grad_enabled() and not is_frozen(lm):
         made = [tensor.requires_grad_() for tensor in made]
     return VisionEmbeds(made[0], tuple(made[1:]))

@@ -40,14 +40,18 @@ class Peers:
         """
         if self.size == 1:
             return x
-        out: torch.Tensor = _Gather.apply(x, self, tuple(counts), why)
+        out: torch.Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
+            x, self, tuple(counts), why
+        )
         return out
 
     def sum(self, x: torch.Tensor, why: str) -> torch.Tensor:
         """The sum of all processes' x, differentiable: the gradient is the sum of all processes' gradients."""
         if self.size == 1:
             return x
-        out: torch.Tensor = _Sum.apply(x, self, why)
+        out: torch.Tensor = _Sum.apply(  # type: ignore[no-untyped-call]
+            x, self, why
+        )
         return out
 
     def exchange(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int], why: str) -> torch.Tensor:
@@ -56,7 +60,9 @@ class Peers:
         """
         if self.size == 1:
             return x
-        out: torch.Tensor = _Exchange.apply(x, self, tuple(send), tuple(receive), why)
+        out: torch.Tensor = _Exchange.apply(  # type: ignore[no-untyped-call]
+            x, self, tuple(send), tuple(receive), why
+        )
         return out
 
     def all_gather(self, x: torch.Tensor, counts: Sequence[int], why: str) -> torch.Tensor:

@@ -85,11 +85,11 @@ def exchanged(own: Sequence[ScoredGroup], requests: Sequence[RolloutRequest], pe
     if peers.size == 1:
         return list(own)
     found = peers.objects([(s.group.completions, s.parts, s.rewards, s.advantages, s.trained) for s in own])
-    return [
-        ScoredGroup(Group(request, completions), *rest)
-        for i, request in enumerate(requests)
-        for completions, *rest in [found[i % peers.size][i // peers.size]]
-    ]
+    out = []
+    for i, request in enumerate(requests):
+        completions, parts, rewards, advantages, trained = found[i % peers.size][i // peers.size]
+        out.append(ScoredGroup(Group(request, completions), parts, rewards, advantages, trained))
+    return out
 
 
 def _trained(group: Group, grpo: GrpoConfig) -> tuple[int, ...]:

@@ -115,8 +115,8 @@ def _chunk_backward(
 
 @torch.no_grad()
 def score_old(lm: VideoLM, scored: Sequence[ScoredGroup], how: How, held: Embeddings | None = None) -> OldLogprobs:
-    """Log-probs of the responses in the loss (of peers: of those that each has) under the current policy, for steps with
-    more than one update.
+    """Log-probs of the responses in the loss (of peers: of those that each has) under the current policy, for steps
+    with more than one update.
     """
     out: OldLogprobs = {}
     for unit in how.units(scored):

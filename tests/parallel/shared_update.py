@@ -1,0 +1,73 @@
+"""What the processes of tests/parallel/test_update.py do: steps on recorded groups."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.parallel import shared_run
+from vrlt_fast.config import GrpoConfig, ModelConfig, OptimConfig
+from vrlt_fast.model.load import enable_recompute, load_model
+from vrlt_fast.model.vision import StepVision
+from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.parallel.sequence import Peers
+from vrlt_fast.rewards.base import Response
+from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
+from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.train.optim import apply_step, make_optimizer, named_trainable
+from vrlt_fast.train.passes import How
+from vrlt_fast.train.scored import ScoredGroup
+from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
+
+STEPS = 10
+
+
+@dataclass
+class Trained:
+    """Weights before and after, and what the last step counted."""
+
+    start: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    stats: UpdateStats
+
+
+def steps(peers: Peers, folder: Path, seed: int, method: Any, micro_tokens: int, recompute: bool) -> Trained:
+    """So many optimizer steps, two on each batch of groups with random advantages."""
+    config = ModelConfig(name=str(folder), dtype="float32", device="cpu", freeze_vision=False)
+    lm, reference = load_model(config), load_model(config)
+    reference.module.requires_grad_(False)
+    lm.module.train()
+    if recompute:
+        enable_recompute(lm)
+    everyone, optimizer = Replicas(peers.rank, peers.size), make_optimizer(lm, OptimConfig(), 1e-3)
+    start = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
+    how = How(0.9, 64, micro_tokens, "shared", peers, method)
+    for step in range(STEPS // 2):
+        scored, old = _groups(lm, folder, seed + step), None
+        for _ in range(2):
+            held = StepVision(lm, peers)
+            old = score_old(lm, scored, how, held) if old is None else old
+            stats = grpo_backward(lm, reference, scored, GrpoConfig(beta=0.1), how, old=old, held=held)
+            everyone.add_gradients(p for _, p in named_trainable(lm))
+            apply_step(lm, optimizer, stats.loss, 1e-3, 1.0)
+    return Trained(start, {name: p.detach() for name, p in lm.module.named_parameters()}, stats)
+
+
+def _groups(lm: Any, folder: Path, seed: int) -> list[ScoredGroup]:
+    prompts, rows = shared_run.make_batch(lm, folder, seed)
+    rng, scored = random.Random(seed), []
+    for prompt, group in zip(prompts, rows, strict=True):
+        completions = tuple(
+            Completion(Response("", len(row.tokens), "stop"), tuple(row.tokens), torch.full((len(row.tokens),), -6.0))
+            for row in group
+        )
+        if completions:
+            advantages = tuple(rng.gauss(0.0, 1.0) for _ in completions)
+            request = RolloutRequest(prompt, len(completions), Sampling(16), 0)
+            places = tuple(range(len(completions)))
+            scored.append(ScoredGroup(Group(request, completions), (), (), advantages, places))
+    return scored

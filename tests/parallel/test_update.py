@@ -1,0 +1,36 @@
+"""Updates that processes share: the steps of one process on the same rollouts, through the optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parallel import shared_run, shared_update
+from vrlt_fast.parallel.sequence import Peers
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "tokens", "recompute"),
+    [(2, "gather_kv", 0, True), (3, "gather_kv", 1, False), (2, "ulysses", 0, False)],
+)
+def test_ten_steps_end_at_the_same_weights(tmp_path, pool, seed, size, method, tokens, recompute):
+    """With a reference, several updates of a rollout, and a trained tower; packed and in stages."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = shared_run.make_model(tmp_path / "model", "qwen2_5_vl")
+    alone = shared_update.steps(Peers(), folder, seed, method, tokens, recompute)
+    torch.set_num_threads(threads)
+    every = pool(size).run(shared_update.steps, folder, seed, method, tokens, recompute)
+    for name, right in alone.weights.items():
+        for other in every:
+            assert torch.equal(other.weights[name], every[0].weights[name]), name
+        error = float((every[0].weights[name] - right).abs().max())
+        assert error < 1e-4 * max(1.0, float(right.abs().max())), name
+    assert max(float((w - alone.start[n]).abs().max()) for n, w in alone.weights.items()) > 1e-3
+    for key in ("loss", "kl", "entropy", "tokens", "tokens_trained", "tokens_logical"):
+        together = sum(getattr(one.stats, key) for one in every)
+        assert together == pytest.approx(getattr(alone.stats, key), rel=1e-3, abs=1e-6), key
+    shares = [one.stats.tokens_trained for one in every]
+    assert max(shares) < 0.8 * sum(shares)

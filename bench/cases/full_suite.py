@@ -23,12 +23,12 @@ def run(argv: Sequence[str]) -> None:
         BenchError: a test failed; the result file is written all the same.
     """
     parser = argparse.ArgumentParser(prog="python -m bench full_suite")
-    parser.add_argument("pytest", nargs="*", help="arguments for pytest instead of -n 2")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest instead of -n 2 --dist loadgroup")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "not gpu", f"--junitxml={xml}"]
-        subprocess.run([*command, *(options.pytest or ["-n", "2"])], cwd=ROOT, check=False)
+        subprocess.run([*command, *(options.pytest or ["-n", "2", "--dist", "loadgroup"])], cwd=ROOT, check=False)
         if not xml.exists():
             raise BenchError("pytest ended without a report")
         records = records_from(xml)

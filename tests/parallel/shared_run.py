@@ -13,15 +13,16 @@ from tests.model.test_families import LINE, prompts_of
 from vrlt_fast.config import ModelConfig
 from vrlt_fast.data.readers import read_jsonl
 from vrlt_fast.model.language import target_logprobs
-from vrlt_fast.model.layout import Row, build_layout, response_row
+from vrlt_fast.model.layout import GroupLayout, Row, build_layout, response_row
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.sequence import SharedLayout, shared_logprobs
 from vrlt_fast.model.staged_sequence import SharedStagedPrompt
 from vrlt_fast.model.tiny import build_tiny
-from vrlt_fast.model.vision import StepVision, encode_clips, shared_vision
+from vrlt_fast.model.vision import StepVision, VisionEmbeds, encode_clips, shared_vision
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.preprocess import Clip
+from vrlt_kernels import GroupSpans
 
 LENGTHS = ([5, 1, 9, 2, 2], [3], [])
 """Responses of the three prompts: a video, two images, an image and a video."""
@@ -136,3 +137,33 @@ def staged(peers: Peers, folder: Path, seed: int, recompute: bool, piece: int) -
     held.backward()
     targets, logps, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
     return targets, logps, entropies, gradients(lm), {}
+
+
+def saved_bytes(peers: Peers, folder: Path, seed: int, prompt: int, row: int) -> int:
+    """Bytes that a pass over a long prompt of text and four rows keeps for its backward pass, parameters left out."""
+    lm = open_model(folder, freeze=True, recompute=False)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(9, 100, (prompt + 4 * row,), generator=generator)
+    spans = GroupSpans.of([prompt], [[row] * 4])
+    positions = torch.cat([torch.arange(prompt), *[torch.arange(row) + prompt] * 4]).expand(3, -1)
+    lasts = torch.tensor([prompt + row * (i + 1) - 1 for i in range(4)])
+    layout = GroupLayout(ids, positions, spans, lasts[:0], ids[lasts], lasts, torch.arange(5))
+    nothing = VisionEmbeds(torch.zeros(0, lm.info.config.text_config.hidden_size))
+    own = {p.untyped_storage().data_ptr() for p in lm.module.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)  # so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if peers.size == 1:
+            logp, _ = target_logprobs(lm, layout, nothing)
+        else:
+            logp, _ = shared_logprobs(lm, SharedLayout(layout, peers), nothing)
+    backward(lm, logp.sum())
+    return sum(kept.values())

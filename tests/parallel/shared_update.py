@@ -24,6 +24,7 @@ from vrlt_fast.train.scored import ScoredGroup
 from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
 
 STEPS = 10
+LR = 1e-4
 
 
 @dataclass
@@ -43,7 +44,7 @@ def steps(peers: Peers, folder: Path, seed: int, method: Any, micro_tokens: int,
     lm.module.train()
     if recompute:
         enable_recompute(lm)
-    everyone, optimizer = Replicas(peers.rank, peers.size), make_optimizer(lm, OptimConfig(), 1e-3)
+    everyone, optimizer = Replicas(peers.rank, peers.size), make_optimizer(lm, OptimConfig(), LR)
     start = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
     how = How(0.9, 64, micro_tokens, "shared", peers, method)
     for step in range(STEPS // 2):
@@ -53,7 +54,7 @@ def steps(peers: Peers, folder: Path, seed: int, method: Any, micro_tokens: int,
             old = score_old(lm, scored, how, held) if old is None else old
             stats = grpo_backward(lm, reference, scored, GrpoConfig(beta=0.1), how, old=old, held=held)
             everyone.add_gradients(p for _, p in named_trainable(lm))
-            apply_step(lm, optimizer, stats.loss, 1e-3, 1.0)
+            apply_step(lm, optimizer, stats.loss, LR, 1.0)
     return Trained(start, {name: p.detach() for name, p in lm.module.named_parameters()}, stats)
 
 

@@ -65,8 +65,9 @@ def test_two_processes_compute_what_one_does(folder, pool, seed):
     assert_one(pool(2).run(shared_run.packed, folder, seed, "gather_kv", False, False, True), right)
 
 
-@pytest.mark.parametrize(("size", "method", "freeze", "recompute", "told"), CASES)
-def test_any_number_computes_what_one_does(one_folder, pool, seed, size, method, freeze, recompute, told):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_number_computes_what_one_does(one_folder, pool, seed, case):
+    size, method, freeze, recompute, told = case
     right = shared_run.alone(one_folder, seed, freeze=freeze, told=told)
     given = (one_folder, seed, method, freeze, recompute, told)
     parts = pool(size).run(shared_run.packed, *given) if size > 1 else [shared_run.packed(Peers(), *given)]
@@ -150,6 +151,14 @@ def test_bytes_received(one_folder, pool, seed, recompute):
     names = ("keys and values", "keys and values, again", "keys and values, backward")
     found = [got.get(name, 0) / once for name in names]
     assert found == pytest.approx([2.0, 0.0, 1.0] if recompute else [1.0, 1.0, 1.0], rel=0.05)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_process_keeps_falls_with_their_number(one_folder, pool, seed, size):
+    given = (one_folder, seed, 600, 40)
+    alone = shared_run.saved_bytes(Peers(), *given)
+    shared = pool(size).run(shared_run.saved_bytes, *given)
+    assert max(shared) < 1.1 * alone / size
 
 
 def test_heads_that_cannot_be_divided_are_refused():

@@ -124,15 +124,18 @@ def test_activations_are_those_that_autograd_keeps(make_config, folders, demo, s
 
 
 def test_the_largest_pass_by_hand(make_config):
-    def size(prompts=6, replicas=1, **train):
+    def size(prompts=6, replicas=1, sp=1, **train):
         rollout = {"group_size": 4, "prompts": prompts, "max_new_tokens": 50}
-        return pass_size(make_config(rollout=rollout, train=train, parallel={"replicas": replicas}), 100)
+        return pass_size(make_config(rollout=rollout, train=train, parallel={"replicas": replicas, "sp": sp}), 100)
 
     assert size(micro_rows=4) == PassSize(300, 200)
     assert size(micro_rows=11) == PassSize(600, 400)
     assert size(micro_rows=64) == PassSize(6 * 300, 6 * 200)
     assert size(micro_rows=64, replicas=4) == PassSize(2 * 300, 2 * 200)
     assert size(micro_rows=1) == PassSize(300, 200)  # at least one group
+    assert size(micro_rows=4, sp=2) == PassSize(150, 100)
+    assert size(micro_rows=4, sp=3) == PassSize(34 + 2 * 50, 2 * 50)
+    assert size(micro_tokens=75, sp=2) == PassSize(50 + 50, 50, behind=50)
     assert size(micro_tokens=700) == PassSize(600, 400)
     assert size(micro_tokens=299) == PassSize(250, 150, behind=100)
     assert size(micro_tokens=1) == PassSize(150, 50, behind=100)

@@ -14,6 +14,8 @@ Bytes, with e the size of a number of ``model.dtype`` and N tokens in the larges
     vision       trained: all clips of a step, blocks as layers above; frozen: one piece without a graph, the embeddings
     KV           as the rollout engine plans it
 
+With ``parallel.sp`` a process has its share of the tokens of a pass and of the patches of the tower.
+
 Not counted: the CUDA context, an allocator's holes, decoded frames, SFT's passes, what torch keeps for itself.
 """
 
@@ -117,14 +119,16 @@ def pass_size(config: Config, prompt: int) -> PassSize:
     rollout, train = config.rollout, config.train
     rows, length = rollout.group_size, rollout.max_new_tokens
     groups = min(max(train.micro_rows // rows, 1), prompts_of(config))
-    if train.micro_tokens:
-        groups = min(groups, max(train.micro_tokens // (prompt + rows * length), 1))
-        if prompt + rows * length > train.micro_tokens:
-            rows = max(min((train.micro_tokens - prompt) // length, rows), 1)
+    most = train.micro_tokens * config.parallel.sp
+    if most:
+        groups = min(groups, max(most // (prompt + rows * length), 1))
+        if prompt + rows * length > most:
+            rows = max(min((most - prompt) // length, rows), 1)
     if train.prefix == "replicated":
         return PassSize(groups * rows * (prompt + length), groups * rows * length)
-    behind = prompt if rows < rollout.group_size else 0
-    return PassSize(groups * (prompt + rows * length), groups * rows * length, behind)
+    behind, sp = prompt if rows < rollout.group_size else 0, config.parallel.sp
+    held = math.ceil(groups * prompt / sp) + math.ceil(groups * rows / sp) * length
+    return PassSize(held, math.ceil(groups * rows / sp) * length, math.ceil(behind / sp))
 
 
 def prompts_of(config: Config) -> int:
@@ -312,11 +316,12 @@ def _states(config: Config, counts: Counts) -> list[Part]:
 def _vision(tower: Tower, config: Config, patches: int, e: int, device: str) -> Part:
     prompts = prompts_of(config)
     if config.model.freeze_vision:
-        piece = min(prompts * patches, PIECE.get(device, 65536))
+        piece = min(math.ceil(prompts * patches / config.parallel.sp), PIECE.get(device, 65536))
         held = piece * tower.block(e) + tower.embeds(prompts * patches, e)
         return Part("vision", held, "update", "video.max_frames, video.max_pixels")
     seen = prompts * (1 + config.grpo.refill) * patches
-    held = tower.activations(seen, e, recompute=config.train.recompute) + tower.embeds(seen, e)
+    own = math.ceil(seen / config.parallel.sp)
+    held = tower.activations(own, e, recompute=config.train.recompute) + tower.embeds(seen, e)
     return Part("vision, trained", held, "update", "model.freeze_vision, train.recompute, rollout.prompts")
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from vrlt_fast.config_load import dump_toml
 from vrlt_fast.errors import ConfigError
 from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.train.setup import read_inputs
 from vrlt_fast.train.trainer import train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -122,10 +123,15 @@ def test_the_exit_code_is_that_of_what_went_wrong(start, tmp_path):
     assert "VRLT-R01" in told
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_processes_without_work_are_refused(make_config):
     with pytest.raises(ConfigError, match="some would have nothing to do"):
-        train(make_config(**RUN, parallel={"replicas": 4}))
+        read_inputs(make_config(**RUN, parallel={"replicas": 4}))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_number_of_processes_than_configured_is_refused(make_config):
+    with pytest.raises(ConfigError, match=r"parallel\.sp = 2, but there are 1 processes"):
+        train(make_config(**RUN, parallel={"sp": 2}))
 
 
 def test_alone_everything_is_as_given():

@@ -33,12 +33,12 @@ class SharedLayout:
 
     A target belongs to the process that has the row it stands in, or, of ``also``, the place before it. ``targets``
     int64 [m] numbers of its targets among those of the layout and ``also`` behind them, ascending; ``rows`` of each
-    group the numbers of its rows, ascending.
+    group the numbers of its rows, ascending. ``first``: the rank that gets the longest row.
     """
 
-    def __init__(self, layout: GroupLayout, peers: Peers, also: torch.Tensor | None = None):
+    def __init__(self, layout: GroupLayout, peers: Peers, also: torch.Tensor | None = None, *, first: int = 0):
         self.layout, self.peers = layout, peers
-        self.every = shares(layout.spans, peers.size)
+        self.every = shares(layout.spans, peers.size, first)
         self.share = self.every[peers.rank]
         self.rows = self.share.rows
         device = layout.ids.device
@@ -183,7 +183,8 @@ class _SharedAttention(torch.autograd.Function):
         plan, scale = ctx.about
         query, key, value, out, *lse = ctx.saved_tensors
         both = lse.pop() if plan.keep else plan.gather(key, value, "keys and values, again")
-        d_query, d_both = torch.zeros_like(query), torch.zeros_like(both)
+        # several pieces add up here: in fp32, and rounded once
+        d_query, d_both = torch.zeros_like(query), both.new_zeros(both.shape, dtype=_sums(both.dtype))
         for (start, end, low, high, prefix, lengths), one in zip(plan.pieces, lse, strict=True):
             k, v = both[low:high, 0], both[low:high, 1]
             more = ([*prefix], [len(lengths)], [*lengths], scale, prefix[0])
@@ -191,7 +192,11 @@ class _SharedAttention(torch.autograd.Function):
             d_query[start:end], dk, dv = group_attention_bwd(part, query[start:end], k, v, out[start:end], one, *more)
             d_both[low:high, 0] += dk
             d_both[low:high, 1] += dv
-        return (d_query, *plan.scatter(d_both), None, None)
+        return (d_query, *plan.scatter(d_both.to(both.dtype)), None, None)
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 class Ulysses:

@@ -58,16 +58,17 @@ class Share:
         return torch.tensor(found, dtype=torch.int64)
 
 
-def shares(spans: GroupSpans, size: int) -> list[Share]:
+def shares(spans: GroupSpans, size: int, first: int = 0) -> list[Share]:
     """The shares of all ranks: every token of the sequence is in exactly one.
 
-    Rows go longest first to the rank with the fewest tokens of rows so far; of several, to the first.
+    Rows go longest first to the rank with the fewest tokens of rows so far; of several, to the first from rank
+    ``first`` modulo ``size`` on, so that pieces of a group with fewer rows than processes take turns.
     """
     load = [0] * size
     rows: list[list[list[int]]] = [[[] for _ in spans.rows] for _ in range(size)]
     order = [(-n, g, i) for g, group in enumerate(spans.rows) for i, n in enumerate(group)]
     for negative, g, i in sorted(order):
-        rank = load.index(min(load))
+        rank = min(range(size), key=lambda r: (load[r], (r - first) % size))
         load[rank] += 1 - negative  # a row of one token isn't an input, but its target has a cost too
         rows[rank][g].append(i)
     return [

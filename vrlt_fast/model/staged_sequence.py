@@ -59,6 +59,7 @@ class SharedStagedPrompt(StagedPrompt):
         shared = SharedLayout(build_layout([prompt], [[]], device=lm.device), peers)
         recorded = _Recorded(GatherKV(shared, keep=is_recomputed(lm)))
         hidden = run_share(lm, shared.inputs(lm, vision), recorded)
+        self._pieces = 0
         self._cut_off(shared.last_tokens(hidden), recorded.take(), shared.share.tokens)
 
     def shared_logprobs(
@@ -66,7 +67,9 @@ class SharedStagedPrompt(StagedPrompt):
     ) -> tuple[torch.Tensor, torch.Tensor, SharedLayout]:
         """Log-probs and entropies of the targets of own rows, and which they are."""
         lm = self._lm
-        shared = SharedLayout(build_layout([self._prompt], [rows], device=lm.device), self._peers)
+        layout = build_layout([self._prompt], [rows], device=lm.device)
+        shared = SharedLayout(layout, self._peers, first=self._pieces)
+        self._pieces += len(rows)
         held = sum(shared.share.prefix_counts)
         places = shared.places[held:]
         embeds = lm.module.get_input_embeddings()(shared.layout.ids[places])

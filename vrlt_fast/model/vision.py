@@ -170,12 +170,11 @@ class StepVision:
 
     def backward(self) -> None:
         """Accumulate the tower's gradients from what the leaves have collected. Once; the embeddings end with it."""
-        every = self._peers.size > 1  # all take part, also where own tokens came from none of a clip
         pairs = [
-            (made, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+            (made, leaf.grad)
             for key in self._made
             for made, leaf in zip(self._made[key].tensors, self._leaves[key].tensors, strict=True)
-            if leaf.grad is not None or (every and leaf.requires_grad)
+            if leaf.grad is not None
         ]
         self.drop()
         if pairs:

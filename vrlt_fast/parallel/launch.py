@@ -67,10 +67,11 @@ def _end(running: Sequence[subprocess.Popen[bytes]], code: int) -> int:
     limit = time.monotonic() + GRACE
     while time.monotonic() < limit and any(process.poll() is None for process in running):
         time.sleep(0.05)
+    ended = [process.poll() for process in running]  # what is killed here isn't a cause
     for process in running:
         process.kill()
         process.wait()
-    causes = [process.returncode for process in running if process.returncode not in (0, 75)]
+    causes = [found for found in ended if found not in (None, 0, 75)]
     return max(1, *causes) if causes else code
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from vrlt_fast.errors import ConfigError, Problem
+from vrlt_fast.errors import ConfigError, Problem, SetupError
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.parallel.sequence import Peers
 
@@ -34,34 +34,42 @@ class Mesh:
         return self.everyone.first
 
 
-def join(device: torch.device | str = "cpu", sp: int = 1) -> Mesh:
+def join(device: torch.device | str = "cpu", replicas: int = 1, sp: int = 1) -> Mesh:
     """The processes that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or this one.
 
     Raises:
-        ConfigError: C04 ``sp`` doesn't divide their number.
+        ConfigError: C04 they aren't ``replicas`` x ``sp``.
+        SetupError: E02 this machine has fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % sp:
-        what = f"{world} processes can't be cut into groups of {sp}"
-        raise ConfigError(Problem("VRLT-C04", what, "parallel.sp", fix=f"start a multiple of {sp} processes"))
+    if world != replicas * sp:
+        what = f"parallel.replicas = {replicas} and parallel.sp = {sp}, but there are {world} processes"
+        fix = "set parallel.replicas to the number of processes over parallel.sp, or start as many as configured"
+        raise ConfigError(Problem("VRLT-C04", what, "parallel.replicas", fix=fix))
     if world == 1:
         return Mesh()
     rank = int(os.environ["RANK"])
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+        place, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        if place >= gpus:
+            what = f"process {place} of this machine has no GPU: torch sees {gpus}"
+            raise SetupError(
+                Problem("VRLT-E02", what, "parallel.replicas", fix="lower parallel.replicas or parallel.sp")
+            )
+        torch.cuda.set_device(place)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=WAIT)
     everyone = Replicas(rank, world)
     if sp == 1:
         return Mesh(everyone, everyone)
-    shape, names = (world // sp, sp), ("replicate", "sp")
+    shape, names = (replicas, sp), ("replicate", "sp")
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", shape, mesh_dim_names=names)
-    replica, place = divmod(rank, sp)
-    replicas = Replicas(replica, world // sp, mesh.get_group("replicate"))
-    return Mesh(everyone, replicas, Peers(place, sp, mesh.get_group("sp")))
+    replica, part = divmod(rank, sp)
+    others = Replicas(replica, replicas, mesh.get_group("replicate"))
+    return Mesh(everyone, others, Peers(part, sp, mesh.get_group("sp")))
 
 
 def leave() -> None:
-    """End what :func:`join` began."""
+    """End what :func:`join` began. Where one process has failed the others may not come: then it isn't called."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -92,6 +92,8 @@ def waiting() -> Iterator[None]:
     """For a call that other processes make too. Raises Stopped S04 where one has ended, or doesn't come."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         why = str(error).splitlines()[0][:200]
         fix = "mend what ended the other one, then go on with the same command and --resume"

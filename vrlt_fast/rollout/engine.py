@@ -187,8 +187,7 @@ class _Call:
         clips = [c for r in fresh for c in r.prompt.media if c.key not in self._vision]
         found, encoded = encode_media(self.lm, clips, self.held)
         self._vision |= found
-        self.stats.clips_encoded += len(encoded)
-        self.stats.frames_encoded += sum(len(c.times) for c in encoded)
+        self.stats.count(encoded)
         self._spend("encode", begin)
 
     def _prefill(self, fresh: Sequence[Resident]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from time import perf_counter
 
@@ -10,6 +11,7 @@ import torch
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.sampler import Sampling
+from vrlt_fast.video.preprocess import Clip
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,11 @@ class RolloutStats:
                 setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
         for phase, spent in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def count(self, clips: Sequence[Clip]) -> None:
+        """Count clips that went through the tower."""
+        self.clips_encoded += len(clips)
+        self.frames_encoded += sum(len(clip.times) for clip in clips)
 
     def spend(self, phase: str, since: float) -> None:
         """Count the wall time since ``perf_counter()`` was ``since``."""

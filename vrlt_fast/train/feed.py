@@ -14,6 +14,7 @@ from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips
@@ -30,6 +31,7 @@ class Feed:
     Args:
         warn: called with one line for each failure.
         replicas: of every batch this process takes its share.
+        peers: processes with the same share; they take what all of them could read.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Feed:
         root: Path,
         warn: Callable[[str], None],
         replicas: Replicas | None = None,
+        peers: Peers | None = None,
     ):
         self.samples, self.failed = samples, 0
         self._info, self._loader, self._config, self._root, self._warn = info, loader, config, root, warn
-        self._replicas = replicas or Replicas()
+        self._replicas, self._peers = replicas or Replicas(), peers or Peers()
         self._images = ImageLoader(config.video, info.geometry)
         self._outcomes: deque[bool] = deque(maxlen=WINDOW)
         self._followed: BatchStream | None = None
@@ -121,7 +124,17 @@ class Feed:
             if sample.video not in readable:
                 readable[sample.video] = True
                 self._outcomes.append(True)
-        return prompts
+        return self._read_by_all(prompts)
+
+    def _read_by_all(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Those that each of the peers has, with the same tokens and grids: a deadline may have passed in one alone."""
+        seen = [(p.sample.id, len(p), tuple(clip.grid for clip in p.media)) for p in prompts]
+        every = [set(other) for other in self._peers.objects(seen)]
+        lost = {p.sample.video: p for p, name in zip(prompts, seen, strict=True) if not all(name in o for o in every)}
+        for prompt in lost.values():
+            self.failed += 1
+            self._warn(f"{prompt.sample.line or prompt.sample.id} left out: another process couldn't read it")
+        return [p for p, name in zip(prompts, seen, strict=True) if all(name in other for other in every)]
 
     def _count(self, sample: Sample, error: DataError) -> None:
         self.failed += 1

@@ -97,7 +97,7 @@ def report(config: Config, inputs: Inputs, found: Fit) -> str:
         largest = sorted(found.estimate.parts, key=lambda part: -part.nbytes)[:SHOWN]
         lines.append(f"{over / GB:.3g} GB too much as configured. What makes it less:")
         lines += [f"  {part.name}: {part.lower}" for part in largest]
-        if found.problem() is None:
+        if found.problem() is None and config.parallel.sp == 1:
             lines.append("It would go on in smaller pieces (train.micro_tokens is halved where memory runs out).")
     return "\n".join(lines) + "\n"
 

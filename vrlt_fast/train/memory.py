@@ -335,7 +335,8 @@ def least(config: Config) -> Config:
 
 def rollout_bytes(info: ModelInfo, config: Config, tokens: int, device: str, left: int) -> int:
     """Bytes of the group engine's buffers for prompts of so many tokens, where ``left`` bytes of a GPU are free."""
-    rollout, prompts, text = config.rollout, prompts_of(config), Text.of(info, config, device)
+    rollout, text = config.rollout, Text.of(info, config, device)
+    prompts = math.ceil(prompts_of(config) / config.parallel.sp)  # whole groups
     dtype = getattr(torch, config.model.dtype)
     shape = KvShape(text.layers, text.kv_heads, text.dim, dtype, torch.device(device))
     automatic = int(AUTO_GB_CPU * 1e9) if device == "cpu" else int(AUTO_SHARE_CUDA * max(left, 0))

@@ -73,12 +73,13 @@ def fitting(
     micro_tokens: int,
     *,
     undo: Callable[[], None],
-    again: bool = True,
+    sp: int = 1,
 ) -> tuple[T, int, int]:
     """``run(micro_tokens)``; where memory runs out, ``undo()`` and once more with half of the largest micro-batch.
 
     Args:
-        again: False: not a second time, since others wait in the middle of the first.
+        sp: processes that share a pass. With more than one there is no second time: others wait in the middle of the
+            first.
 
     Returns:
         what it returned, the limit it ran with, and how often memory ran out.
@@ -98,12 +99,13 @@ def fitting(
         undo()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if sp > 1:
+            before = largest(update_units(scored, micro_rows, micro_tokens * sp)) // sp
+            what = f"out of memory in an update that {sp} processes share, each with {before} tokens of a micro-batch"
+            fix = f"set train.micro_tokens = {max(before // 2, 1)} or train.recompute = true, or raise parallel.sp"
+            raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))
         before = largest(update_units(scored, micro_rows, micro_tokens))
         micro_tokens = max(before // 2, 1)
-        if not again:
-            what = f"out of memory in an update that several processes share, with micro-batches of {before} tokens"
-            fix = f"set train.micro_tokens below {before}, train.recompute = true, or raise parallel.sp"
-            raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))
         if largest(update_units(scored, micro_rows, micro_tokens)) >= before:
             what = f"out of memory in the update, with micro-batches of {before} tokens, which can't be cut further"
             fix = "set train.recompute = true, lower video.max_frames or video.max_pixels, or allow shorter responses"

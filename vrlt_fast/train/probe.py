@@ -70,8 +70,7 @@ def probe_step(
         return stats
 
     try:
-        alone = peers.size == 1
-        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, again=alone)
+        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, sp=peers.size)
     finally:
         optimizer.clear()
         load_rng_tensors(before)

@@ -108,6 +108,7 @@ def _check_sp(config: Config, info: ModelInfo) -> None:
     for key, value, wanted in (
         ("rollout.engine", config.rollout.engine, "group"),
         ("train.prefix", config.train.prefix, "shared"),
+        ("train.verify_shared_prefix", config.train.verify_shared_prefix, "off"),
     ):
         if value != wanted:
             what = f'parallel.sp = {config.parallel.sp} goes with {key} = "{wanted}" only'

@@ -145,7 +145,7 @@ class GrpoStage:
             SetupError: E05 none fits.
         """
         prompt = self.feed.prompt(sample)
-        if prompt is not None:
+        if self._mesh.peers.agree(prompt is not None) and prompt is not None:
             self._micro_tokens = probe_step(
                 self.lm, self.reference, prompt, self.config, self.optimizer, self._say, peers=self._mesh.peers
             )
@@ -230,10 +230,13 @@ class GrpoStage:
             return [], RolloutStats()
         peers, rolled = self._mesh.peers, RolloutStats()
         if peers.size > 1 and (vision or self._cache):  # all of them take the tower's part together
-            encode_media(self.lm, [c for r in requests for c in r.prompt.media], vision or self._cache, peers)
+            begin, clips = perf_counter(), [c for r in requests for c in r.prompt.media]
+            _, encoded = encode_media(self.lm, clips, vision or self._cache, peers)
+            rolled.spend("encode", begin)
+            rolled.count(peers.share(encoded))
         own = peers.share(requests)
         if own:
-            _, rolled = self._engine.generate(own, finish, vision)
+            rolled.add(self._engine.generate(own, finish, vision)[1])
         return exchanged([scored[id(request)] for request in own], requests, peers), rolled
 
     def _hand_over(self) -> None:
@@ -292,9 +295,7 @@ class GrpoStage:
 
         reference_seconds = 0.0
         for _ in range(config.grpo.updates):
-            stats, self._micro_tokens, failed = fitting(
-                run, active, rows, self._micro_tokens, undo=undo, again=peers.size == 1
-            )
+            stats, self._micro_tokens, failed = fitting(run, active, rows, self._micro_tokens, undo=undo, sp=peers.size)
             self._out_of_memory += failed
             (loss,) = everyone.sum([stats.loss])
             everyone.add_gradients(p for _, p in named_trainable(self.lm))

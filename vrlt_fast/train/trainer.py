@@ -64,11 +64,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     config = with_absolute_paths(config)
     threads_and_determinism(config)
-    mesh = join(pick_device(config.model.device), config.parallel.sp)
-    try:
-        return _train(config, mesh, console or _console(mesh), resume=resume)
-    finally:
-        leave()
+    mesh = join(pick_device(config.model.device), config.parallel.replicas, config.parallel.sp)
+    run_dir = _train(config, mesh, console or _console(mesh), resume=resume)
+    leave()
+    return run_dir
 
 
 def _console(mesh: Mesh) -> Console:
@@ -131,9 +130,8 @@ class Trainer:
         self.config, self.inputs, self.lm, self.run_dir, self.console = config, inputs, lm, run_dir, console
         self.clips = ClipSource(config.video, inputs.info.geometry, folder=run_dir, device=lm.device, warn=console.warn)
         root = data_root(config, "train")
-        self.feed = Feed(
-            inputs.info, inputs.train, self.clips, config, root=root, warn=console.warn, replicas=self.mesh.replicas
-        )
+        members: dict[str, Any] = {"replicas": self.mesh.replicas, "peers": self.mesh.peers}
+        self.feed = Feed(inputs.info, inputs.train, self.clips, config, root=root, warn=console.warn, **members)
         if config.train.recompute:
             enable_recompute(lm)
         self.embeds = from_config(config, lm, run_dir, console.warn) if is_frozen(lm) else None

@@ -23,7 +23,7 @@ from vrlt_fast.model.tiny import build_tiny
 from vrlt_fast.model.vision import VisionEmbeds, shared_vision
 from vrlt_fast.train import fit as fit_module
 from vrlt_fast.train.fit import fit_of, memory_of
-from vrlt_fast.train.memory import PassSize, Text, Tower, estimate, least, pass_size
+from vrlt_fast.train.memory import COPIES, PassSize, Text, Tower, estimate, least, pass_size
 from vrlt_fast.train.optim import make_optimizer, named_trainable
 from vrlt_fast.train.plan import largest, update_units
 from vrlt_fast.train.scored import ScoredGroup
@@ -153,6 +153,16 @@ def test_units_of_a_step_are_no_larger(make_config, seed):
         scored = [ScoredGroup(group, (), (), (1.0,) * rows, tuple(range(rows))) for _ in range(groups)]
         largest_unit = largest(update_units(scored, train["micro_rows"], train["micro_tokens"]))
         assert pass_size(make_config(rollout=rollout, train=train), prompt).tokens == largest_unit
+
+
+def test_keys_and_values_that_processes_gather(make_config):
+    """Of all tokens of a pass, whatever the number of processes; heads that are exchanged need none."""
+    name, text = "gathered keys and values", inspect_model(make_config().model.name).config.text_config
+    one = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
+    shared = make_config(parallel={"sp": 2}, train={"micro_rows": 1}, rollout={"group_size": 4, "max_new_tokens": 50})
+    assert part(shared, name) == COPIES * one * (500 + 4 * 50)
+    assert part(make_config(), name) == 0
+    assert part(make_config(parallel={"sp": 2, "sequence": "ulysses"}), name) == 0
 
 
 def test_what_lowers_it_lowers_it(make_config):

@@ -14,7 +14,8 @@ Bytes, with e the size of a number of ``model.dtype`` and N tokens in the larges
     vision       trained: all clips of a step, blocks as layers above; frozen: one piece without a graph, the embeddings
     KV           as the rollout engine plans it
 
-With ``parallel.sp`` a process has its share of the tokens of a pass and of the patches of the tower.
+With ``parallel.sp`` a process has its share of the tokens of a pass and of the patches of the tower, and while a layer
+runs the gathered keys and values of that layer, several times.
 
 Not counted: the CUDA context, an allocator's holes, decoded frames, SFT's passes, what torch keeps for itself.
 """
@@ -38,6 +39,10 @@ from vrlt_fast.rollout.kv import AUTO_GB_CPU, AUTO_SHARE_CUDA, KvShape, plan_kv
 from vrlt_fast.train.optim import PIECE as STEP_PIECE
 
 When = Literal["always", "update", "optimizer step"]
+
+
+COPIES = 5
+"""Of one layer's gathered keys and values, with their gradients, while its backward pass runs."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +296,9 @@ def estimate(
         parts.append(Part(f"activations of {size.tokens} tokens", kept, "update", fewer))
         head = text.head(size, e, trained=counts.head_trained)
         parts.append(Part("logits and head", head, "update", "train.micro_tokens"))
+        if config.parallel.sp > 1 and config.parallel.sequence == "gather_kv":
+            one = text.key_values(e) // text.layers * size.tokens * config.parallel.sp
+            parts.append(Part("gathered keys and values", COPIES * one, "update", "train.micro_tokens"))
     return Estimate((*parts, _vision(tower, config, patches, e, device)))
 
 

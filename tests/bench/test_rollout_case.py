@@ -33,6 +33,7 @@ def test_claims_are_ratios_over_the_better_of_the_others() -> None:
     assert "HF generate, static cache" in tables({"records": [vars(r) for r in records]})["cells"]
 
 
+@pytest.mark.timeout(400)
 def test_arms_agree_and_a_prefix_is_read_once_instead_of_once_a_row() -> None:
     records = {(r.arm, r.metric): r.median for r in cpu_cell("demo", 150, 4, 3, 1, 5)}
     assert len([key for key in records if key[1] == "rate"]) == 3
@@ -54,6 +55,7 @@ def test_wrong_log_probs_are_not_timed(monkeypatch) -> None:
         cpu_cell("demo", 150, 4, 2, 1, 5)
 
 
+@pytest.mark.timeout(400)
 def test_the_cells_of_a_gpu_run_small() -> None:
     found = [r for records in gpu_cells(torch.device("cpu"), 2, 5, small=True) for r in records]
     assert {r.metric for r in found} >= {"attention", "step", "rate", "floor"}

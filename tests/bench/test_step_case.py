@@ -34,6 +34,7 @@ def test_claims_are_of_the_one_shape() -> None:
     assert f"| {CPU} | step | 3 | 2 | 1.50 |" in tables({"records": [vars(r) for r in records]})["phases"]
 
 
+@pytest.mark.timeout(400)
 def test_the_arms_agree_or_an_error_says_which(setting: Setting, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {r.metric for r in step_run.agree(setting, seed)} >= {"prompt tokens", "largest difference of a gradient"}
     right = Practice._logprobs
@@ -49,6 +50,7 @@ def test_wrong_rewards_are_not_timed(setting: Setting, seed: int, monkeypatch: p
         step_run.agree(setting, seed)
 
 
+@pytest.mark.timeout(400)
 def test_both_steps_train_on_as_many_tokens_and_decode_what_they_say(setting: Setting, tmp_path: Path) -> None:
     ours, practice = OurStage(setting, tmp_path), Practice(setting, 2)
     for arm, decoded in ((ours, SMALL.prompts), (practice, SMALL.prompts * SMALL.group)):

@@ -29,6 +29,7 @@ def test_claims_are_ratios_over_the_packed_arm() -> None:
     assert f"| {CPU} | strong | 2.6 | 2.60 | 2.00 GB |" in tables({"records": [vars(r) for r in records]})["cells"]
 
 
+@pytest.mark.timeout(400)
 def test_arms_agree_and_compute_what_they_say(seed) -> None:
     lm, scored = make_step(SMALL, torch.device("cpu"), seed, recompute=True)
     arms = {name: arm(name, lm, scored, 2) for name in (PACKED, STAGED, STRONG, REPLICATED)}
@@ -50,6 +51,7 @@ def test_prefix_grouper_agrees_with_replicated_rows_of_two_groups(seed) -> None:
     assert arms[PREFIX_GROUPER]().tokens_trained == arms[PACKED]().tokens_trained
 
 
+@pytest.mark.timeout(400)
 def test_trl_agrees_on_text_in_every_micro_batch(seed) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("datasets")

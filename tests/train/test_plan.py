@@ -91,9 +91,9 @@ def test_a_run_goes_on_after_memory_ran_out(make_config, tmp_path, monkeypatch, 
     """The failure comes behind a part of the real backward pass, whose gradients must not stay."""
     whole, limits = stages.grpo_backward, []
 
-    def short(lm, reference, scored, *args, **kwargs):
-        limits.append(kwargs["micro_tokens"])
-        stats = whole(lm, reference, scored, *args, **kwargs)
+    def short(lm, reference, scored, grpo, how, **kwargs):
+        limits.append(how.micro_tokens)
+        stats = whole(lm, reference, scored, grpo, how, **kwargs)
         if fails and len(limits) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return stats

@@ -157,6 +157,7 @@ def test_the_undisturbed_run_learns_and_counts(runs):
         assert all((a[k] != b[k]).any() for k in a if k.endswith("q_proj.weight"))
 
 
+@pytest.mark.timeout(400)
 def test_kill_9_and_resume(runs, seed):
     expected, rng = runs.undisturbed, random.Random(seed)
     moments = [at_step("sft", rng.randint(1, SFT)), while_saving("grpo"), at_step("grpo", rng.randint(3, GRPO))]
@@ -165,6 +166,7 @@ def test_kill_9_and_resume(runs, seed):
     assert_same(runs.finish("killed", resume=True), expected)
 
 
+@pytest.mark.timeout(400)
 def test_sigterm_stops_after_a_checkpoint_and_resumes(runs, seed):
     expected, rng = runs.undisturbed, random.Random(seed)
     stage, step = rng.choice([("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2)])

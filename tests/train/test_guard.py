@@ -43,6 +43,15 @@ def test_three_in_a_row(tmp_path):
     assert load_file(tmp_path / "bad" / "grpo-000006.safetensors")["a"].tolist() == [0, 1, 2]
 
 
+def test_peers_count_what_one_of_them_writes(tmp_path):
+    guard = Guard(tmp_path / "bad", print, writes=False)
+    for step in (1, 2):
+        assert not guard.look("grpo", step, NAN, 1.0, batch)
+    with pytest.raises(Stopped):
+        guard.look("grpo", 3, NAN, 1.0, batch)
+    assert not (tmp_path / "bad").exists()
+
+
 def test_a_batch_that_is_too_large_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(guard_module, "MOST_BYTES", 1000)
     guard = Guard(tmp_path, print)

@@ -24,11 +24,12 @@ Batch = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 
 class Guard:
     """``folder``: where the batches of bad steps go. ``warn``: called with one line for each. ``of``: ends the names of
-    its files, where several processes write their shares.
+    its files, where several processes write their shares. ``writes``: False where another process has the same batch,
+    and writes it.
     """
 
-    def __init__(self, folder: Path, warn: Callable[[str], None], of: str = ""):
-        self._folder, self._warn, self._of = folder, warn, of
+    def __init__(self, folder: Path, warn: Callable[[str], None], of: str = "", *, writes: bool = True):
+        self._folder, self._warn, self._of, self._writes = folder, warn, of, writes
         self.in_a_row = 0
         """Bad steps up to now, for the checkpoint."""
 
@@ -44,14 +45,8 @@ class Guard:
             return True
         self.in_a_row += 1
         name = f"{stage}-{step:06d}{self._of}"
-        tensors, about = batch()
-        kept = _within(tensors, MOST_BYTES)
-        with storage_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._folder / f"{name}.safetensors", [save(kept)])
-        text = {"stage": stage, "step": step, "loss": repr(loss), "grad_norm": repr(norm)}
-        left = {"left_out": sorted(tensors.keys() - kept.keys())} if len(kept) < len(tensors) else {}
-        write_text(self._folder / f"{name}.json", json.dumps({**text, **left, "prompts": about}, indent=1) + "\n")
+        if self._writes:
+            self._write(name, {"stage": stage, "step": step, "loss": repr(loss), "grad_norm": repr(norm)}, batch())
         what = f"loss {loss} with gradient norm {norm}"
         self._warn(f"step {step} of {stage} skipped: {what}; its batch: {self._folder / name}.json")
         if self.in_a_row >= IN_A_ROW:
@@ -59,6 +54,15 @@ class Guard:
             fix = "start a new run with a lower learning rate, with --model.name at this run's newest checkpoint"
             raise Stopped(Problem("VRLT-S01", what, str(self._folder / f"{name}.json"), why, fix))
         return False
+
+    def _write(self, name: str, text: dict[str, Any], batch: Batch) -> None:
+        tensors, about = batch
+        kept = _within(tensors, MOST_BYTES)
+        with storage_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._folder / f"{name}.safetensors", [save(kept)])
+        left = {"left_out": sorted(tensors.keys() - kept.keys())} if len(kept) < len(tensors) else {}
+        write_text(self._folder / f"{name}.json", json.dumps({**text, **left, "prompts": about}, indent=1) + "\n")
 
 
 def describe_prompts(prompts: Sequence[Prompt], responses: Sequence[Sequence[Mapping[str, Any]]]) -> Batch:

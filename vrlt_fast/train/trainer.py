@@ -135,8 +135,9 @@ class Trainer:
         if config.train.recompute:
             enable_recompute(lm)
         self.embeds = from_config(config, lm, run_dir, console.warn) if is_frozen(lm) else None
-        of = f"-{self.mesh.everyone.rank}" if self.mesh.everyone.world > 1 else ""
-        self.guard = Guard(run_dir / "bad_steps", console.warn, of)
+        replicas = self.mesh.replicas
+        of = f"-{replicas.rank}" if replicas.world > 1 else ""
+        self.guard = Guard(run_dir / "bad_steps", console.warn, of, writes=self.mesh.peers.rank == 0)
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
         self._tensors: dict[str, torch.Tensor] = {}

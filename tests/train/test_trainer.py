@@ -243,7 +243,7 @@ def test_an_interrupted_rollout_has_written_what_was_complete(make_config):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_moments_in_bf16_resume_as_if_nothing_had_happened(make_config, tmp_path, dtype):
     found = []
     for name in ("whole", "resumed"):

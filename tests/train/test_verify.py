@@ -113,7 +113,7 @@ sys.exit(main(["train", sys.argv[1]]))
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("wrong", ["none", "1"])
+@pytest.mark.parametrize("wrong", [pytest.param("none", marks=pytest.mark.slow), "1"])
 def test_all_processes_stop_where_one_refuses(make_config, tmp_path, wrong):
     on = {"stages": ["grpo"], "out": str(tmp_path / "run"), "verify_shared_prefix": "first_step"}
     file = tmp_path / "run.toml"

@@ -84,12 +84,12 @@ def test_what_is_dropped_without_a_backward_pass_is_freed(lm, prompts, recompute
     """As when memory runs out: nothing may hold the prompt's activations then."""
     passes = []
 
-    class Watched(staged._PromptPass):
+    class Watched(staged.PromptPass):
         def __init__(self, *args):
             super().__init__(*args)
             passes.append(weakref.ref(self))
 
-    monkeypatch.setattr(staged, "_PromptPass", Watched)
+    monkeypatch.setattr(staged, "PromptPass", Watched)
     if recompute:
         enable_recompute(lm)
     made = staged.StagedPrompt(lm, prompts[0], shared_vision(lm, prompts[:1]))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vrlt_fast.model.language import Inputs, make_inputs, run_text, score_hidden
+from vrlt_fast.model.attention import Pass
+from vrlt_fast.model.language import GroupPass, Inputs, make_inputs, run_text, score_hidden
 from vrlt_fast.model.layout import Row, build_layout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
@@ -17,14 +18,14 @@ KeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [P, Hk, d] of a prompt, by layer."""
 
 
-class _PromptPass:
-    """The prompt alone; keeps what its layers have of it, until :meth:`take`.
+class PromptPass:
+    """The prompt alone, as ``inner`` attends; keeps keys and values of its layers, until :meth:`take`.
 
     Activation checkpoints hold on to the pass, and what it keeps to them: a cycle that no garbage collector sees.
     """
 
-    def __init__(self, tokens: int):
-        self._spans = GroupSpans((tokens,), ((),))
+    def __init__(self, inner: Pass):
+        self._inner = inner
         self._kept: KeyValues | None = {}
 
     def attend(
@@ -32,7 +33,7 @@ class _PromptPass:
     ) -> torch.Tensor:
         if self._kept is not None:  # else the layer is computed again
             self._kept[layer] = (key, value)
-        return group_attention(query, key, value, self._spans, scale)
+        return self._inner.attend(layer, query, key, value, scale)
 
     def take(self) -> KeyValues:
         kept, self._kept = self._kept, None
@@ -68,7 +69,7 @@ class StagedPrompt:
         self._lm, self._prompt = lm, prompt
         layout = build_layout([prompt], [[]], device=lm.device)
         inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
-        prompt_pass = _PromptPass(len(prompt))
+        prompt_pass = PromptPass(GroupPass(layout.spans))
         hidden = run_text(lm, inputs, prompt_pass)
         self._cut_off(hidden[-1:], prompt_pass.take(), layout.tokens_trained)
 

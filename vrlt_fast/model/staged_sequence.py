@@ -6,34 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from vrlt_fast.model.attention import Pass
 from vrlt_fast.model.language import Inputs, score_hidden
 from vrlt_fast.model.layout import Row, build_layout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.sequence import GatherKV, SharedLayout, is_recomputed, run_share
-from vrlt_fast.model.staged import KeyValues, StagedPrompt
+from vrlt_fast.model.staged import KeyValues, PromptPass, StagedPrompt
 from vrlt_fast.model.vision import VisionEmbeds
 from vrlt_fast.parallel.sequence import Peers
-
-
-class _Recorded:
-    """A pass that keeps keys and values of its layers, until :meth:`take`."""
-
-    def __init__(self, inner: Pass):
-        self._inner = inner
-        self._kept: KeyValues | None = {}
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        if self._kept is not None:  # else the layer is computed again
-            self._kept[layer] = (key, value)
-        return self._inner.attend(layer, query, key, value, scale)
-
-    def take(self) -> KeyValues:
-        kept, self._kept = self._kept, None
-        return kept or {}
 
 
 class _RowsBehind:
@@ -57,7 +37,7 @@ class SharedStagedPrompt(StagedPrompt):
     def __init__(self, lm: VideoLM, prompt: Prompt, vision: VisionEmbeds, peers: Peers):
         self._lm, self._prompt, self._peers = lm, prompt, peers
         shared = SharedLayout(build_layout([prompt], [[]], device=lm.device), peers)
-        recorded = _Recorded(GatherKV(shared, keep=is_recomputed(lm)))
+        recorded = PromptPass(GatherKV(shared, keep=is_recomputed(lm)))
         hidden = run_share(lm, shared.inputs(lm, vision), recorded)
         self._pieces = 0
         self._cut_off(shared.last_tokens(hidden), recorded.take(), shared.share.tokens)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vrlt_fast.parallel.replicas import waiting
+from vrlt_fast.parallel.replicas import Replicas, waiting
 
 T = TypeVar("T")
 # torch 2.13 names them anew and warns of the old names
@@ -31,6 +31,7 @@ class Peers:
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None):
         self.rank, self.size, self._group = rank, size, group
+        self._members = Replicas(rank, size, group)
         self.received: Counter[str] = Counter()
 
     def gather(self, x: torch.Tensor, counts: Sequence[int], why: str) -> torch.Tensor:
@@ -112,22 +113,15 @@ class Peers:
 
     def share(self, items: Sequence[T]) -> list[T]:
         """Every ``size``-th of the items, from ``rank`` on."""
-        return list(items[self.rank :: self.size])
+        return self._members.share(items)
 
     def objects(self, value: T) -> list[T]:
         """What each process has, by rank."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        with waiting():
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+        return self._members.gather(value)
 
     def agree(self, value: bool) -> bool:
         """Whether it holds in all of them."""
-        if self.size == 1:
-            return value
-        return float(self.all_reduce(torch.tensor(float(not value)), "agreements")) == 0.0
+        return not self._members.any(not value)
 
 
 class _Gather(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import re
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bench.harness import RESULTS, BenchError, Record, summarize
 from bench.providers import Arm
 
 _CACHE = 256 * 2**20  # bytes, several times the L2 of any GPU
@@ -33,6 +35,20 @@ def device_memory(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     kib = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
     return int(kib[1]) * 1024 if kib else 0
+
+
+def begin(case: str, options: argparse.Namespace) -> tuple[torch.device, Path, list[Record]]:
+    """For a case with ``--device``, ``--small`` and ``--out``: its device, its result file, and a record of the device.
+
+    Raises:
+        BenchError: what is tried only would replace a result.
+    """
+    if options.small and options.out is None:
+        raise BenchError("--small needs --out FOLDER: what it measures is no result")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device_name(device)
+    memory = summarize("device", name, "memory", "B", [device_memory(device)])
+    return device, (options.out or RESULTS) / f"{case}.{name}.json", [memory]
 
 
 class Clock:

@@ -91,8 +91,10 @@ def agree(setting: Setting, seed: int) -> list[Record]:
     """
     label, limit = str(setting.shape), TOLERANCE[setting.lm.dtype]
     prompts = setting.feed().next(setting.stream())
-    tokens = _responses(setting, len(prompts), seed)
-    scored = _scored(setting, prompts, tokens)
+    rng, scored = random.Random(seed), list[ScoredGroup]()
+    while not scored or not all(s.has_signal for s in scored):  # else gradients would be little but rounding
+        tokens = _responses(setting, len(prompts), rng)
+        scored = _scored(setting, prompts, tokens)
     arm = Practice(setting)
     rows = arm.rows(prompts, tokens)
     right = [a for s in scored for a in s.advantages]
@@ -118,8 +120,8 @@ def _exact(rows: Sequence[PracticeRow], advantages: Sequence[float]) -> list[Pra
     return [PracticeRow(row.prompt, row.tokens, a) for row, a in zip(rows, advantages, strict=True)]
 
 
-def _responses(setting: Setting, prompts: int, seed: int) -> list[list[tuple[int, ...]]]:
-    rng, shape = random.Random(seed), setting.shape
+def _responses(setting: Setting, prompts: int, rng: random.Random) -> list[list[tuple[int, ...]]]:
+    shape = setting.shape
     most = len(setting.lm.info.tokenizer) - 20  # visual tokens come last
     lengths = [max(1, shape.length * (i + 1) // shape.group) for i in range(shape.group)]
     return [[tuple(rng.randrange(9, most) for _ in range(n)) for n in lengths] for _ in range(prompts)]

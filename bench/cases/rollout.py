@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS, Claim, Record, read_result, records_of, summarize, write_cells
+from bench.harness import Claim, Record, read_result, records_of, write_cells
 
 CASE = "rollout"
 SEED = 11
@@ -37,16 +37,11 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--small", action="store_true", help="whether it works, not how fast it is")
     parser.add_argument("--out", type=Path, help="folder of the result file instead of bench/results")
     options = parser.parse_args(argv)
-    import torch
-
     from bench import measure, rollout_run
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = measure.device_name(device)
-    path = options.out / f"{CASE}.{name}.json" if options.out else None
-    records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
+    device, path, records = measure.begin(CASE, options)
     if options.keep:
-        kept = records_of(read_result(path or RESULTS / f"{CASE}.{name}.json"))
+        kept = records_of(read_result(path))
         again = {f"{s}, prompt {rollout_run.short(p)}, {n} tokens" for s, p, n in _cells(options)}
         records += [r for r in kept if r.arm != "device" and r.shape not in again]
     if device.type == "cpu" and not options.small:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Claim, Record, records_of, summarize, write_cells
+from bench.harness import Claim, Record, records_of, write_cells
 
 CASE = "step"
 SEED = 19
@@ -37,14 +37,9 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--small", action="store_true", help="whether it works, not how fast it is")
     parser.add_argument("--out", type=Path, help="folder of the result file instead of bench/results")
     options = parser.parse_args(argv)
-    import torch
-
     from bench import measure, step_run
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = measure.device_name(device)
-    path = options.out / f"{CASE}.{name}.json" if options.out else None
-    records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
+    device, path, records = measure.begin(CASE, options)
     rounds, clips = (1, 4) if options.small else (options.rounds, options.clips)
     shapes = _shapes(device.type, small=options.small)
     cells = (step_run.cell(shape, device, rounds, SEED, options.data, clips) for shape in shapes)

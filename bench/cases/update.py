@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS, Claim, Record, read_result, records_of, summarize, write_cells
+from bench.harness import Claim, Record, read_result, records_of, write_cells
 
 CASE = "update"
 SEED = 17
@@ -42,14 +42,9 @@ def run(argv: Sequence[str]) -> None:
     chosen.add_argument("--small", action="store_true", help="whether it works, not how fast it is; replaces the file")
     parser.add_argument("--out", type=Path, help="folder of the result file instead of bench/results")
     options = parser.parse_args(argv)
-    import torch
-
     from bench import measure, update_run
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = measure.device_name(device)
-    path = (options.out or RESULTS) / f"{CASE}.{name}.json"
-    records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
+    device, path, records = measure.begin(CASE, options)
     shapes = {shape.label(recompute): (shape, recompute) for shape, recompute in _chosen(options, device.type)}
 
     def cells(labels: Sequence[str]) -> Iterator[list[Record]]:

@@ -38,16 +38,11 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench-video", help="where the videos are made")
     parser.add_argument("--out", type=Path, help="folder of the result file instead of bench/results")
     options = parser.parse_args(argv)
-    import torch
-
     from bench import measure, video_gpu_run
 
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = measure.device_name(device)
+    device, path, records = measure.begin(CASE, options)
     options.work.mkdir(parents=True, exist_ok=True)
     scene = video_gpu_run.Scene(device, options.small, options.work, options.workers)
-    path = options.out / f"{CASE}.{name}.json" if options.out else None
-    records = [summarize("device", name, "memory", "B", [measure.device_memory(device)])]
     began, measured = time.monotonic(), 0
     for cell in options.cells.split(","):
         if cell not in CELLS:
@@ -63,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
         except Exception as error:  # of a driver or library of somebody's machine; the other cells still tell
             records.append(_not_run(cell, " ".join(f"{type(error).__name__}: {error}".split())[:300]))
             _say(f"{cell} not run: {records[-1].shape}")
-        written = write_result(CASE, name, records, claims, SEED, path)
+        written = write_result(CASE, measure.device_name(device), records, claims, SEED, path)
         _say(f"wrote {written}")
     if not measured:
         raise BenchError("no cell could be measured")

@@ -10,6 +10,8 @@ from bench.harness import BenchError, summarize
 from bench.rollout_arms import PerRow, make_model, make_prompt, our_arm
 from bench.rollout_run import cpu_cell, gpu_cells
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 def rate(arm: str, shape: str, value: float):
     return summarize(arm, shape, "rate", "tokens/s", [value])

@@ -14,6 +14,7 @@ from bench.rollout_arms import hf_generate
 from bench.step_arms import PHASES, OurStage, Practice, Setting, Shape, TimedAdamW, make_setting
 from vrlt_fast.train.optim import named_trainable
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 SMALL = Shape("demo", 2, 2, 4, 4704)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench import update_run
 from bench.cases.update import CPU, claims, run, tables
-from bench.harness import BenchError, read_result, summarize, write_result
+from bench.harness import BenchError, load_case, read_result, summarize, write_result
 from bench.update_arms import PACKED, REPLICATED, STAGED, STRONG, Shape, arm, make_step
 from bench.update_peers import PREFIX_GROUPER, TRL, any_arm, arms_of
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 SMALL = Shape("demo", 140, 3, 1, 2)
 TEXT = Shape("demo", 60, 5, 2, 3, text=True)
 
@@ -96,3 +99,10 @@ def test_cells_join_a_file_and_what_it_has_is_measured_again_only_when_asked(tmp
         assert (name, there[1], "peak memory") in found
     with pytest.raises(SystemExit):
         run([*command[:-1], "20x2"])
+
+
+@pytest.mark.parametrize("case", ["rollout", "step", "update", "video_gpu"])
+def test_what_is_tried_only_replaces_no_result(case: str, tmp_path: Path) -> None:
+    work = ["--work", str(tmp_path)] if case == "video_gpu" else []
+    with pytest.raises(BenchError, match="--small needs --out"):
+        load_case(case).run(["--small", "--device", "cpu", *work])

@@ -27,6 +27,7 @@ from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.preprocess import Clip
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 PROMPT = PromptConfig(think=False)
 LINE = {
     "id": "a",
@@ -38,15 +39,6 @@ LINE = {
     "answer": "A",
 }
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give on models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def open_tiny(folder, *, freeze):

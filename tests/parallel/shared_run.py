@@ -16,13 +16,13 @@ from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import GroupLayout, Row, build_layout, response_row
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.sequence import SharedLayout, shared_logprobs
+from vrlt_fast.model.sequence import SharedLayout, Ulysses, shared_logprobs
 from vrlt_fast.model.staged_sequence import SharedStagedPrompt
 from vrlt_fast.model.tiny import build_tiny
 from vrlt_fast.model.vision import StepVision, VisionEmbeds, encode_clips, shared_vision
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.preprocess import Clip
-from vrlt_kernels import GroupSpans
+from vrlt_kernels import GroupSpans, group_attention
 
 LENGTHS = ([5, 1, 9, 2, 2], [3], [])
 """Responses of the three prompts: a video, two images, an image and a video."""
@@ -167,3 +167,22 @@ def saved_bytes(peers: Peers, folder: Path, seed: int, prompt: int, row: int) ->
             logp, _ = shared_logprobs(lm, SharedLayout(layout, peers), nothing)
     backward(lm, logp.sum())
     return sum(kept.values())
+
+
+def heads_differ(peers: Peers, seed: int) -> float:
+    """Largest difference of attention and its gradients by exchanged heads from those of one process."""
+    generator = torch.Generator().manual_seed(seed)
+    spans = GroupSpans.of([13, 5], [[4, 1], [6]])
+    every = [torch.randn(spans.tokens, heads, 8, generator=generator, requires_grad=True) for heads in (8, 2, 2)]
+    weight = torch.randn(spans.tokens, 8, 8, generator=generator)
+    right = group_attention(*every, spans)
+    gradients = torch.autograd.grad((right * weight).sum(), every)
+    none = torch.zeros(0, dtype=torch.int64)
+    ids = torch.zeros(spans.tokens, dtype=torch.int64)
+    layout = GroupLayout(ids, ids.expand(3, -1), spans, none, none, none, torch.zeros(4, dtype=torch.int64))
+    shared = SharedLayout(layout, peers)
+    own = [x.detach()[shared.places].requires_grad_() for x in every]
+    out = Ulysses(shared).attend(0, *own, 8**-0.5)
+    found = torch.autograd.grad((out * weight[shared.places]).sum(), own)
+    pairs = [(out, right[shared.places]), *((f, g[shared.places]) for f, g in zip(found, gradients, strict=True))]
+    return max(float((a - b).abs().max()) for a, b in pairs)

@@ -16,15 +16,7 @@ from vrlt_fast.parallel.sequence import Peers
 from vrlt_kernels import GroupSpans
 
 TOLERANCE = 2e-5
-pytestmark = pytest.mark.xdist_group("processes")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("one_torch_thread")]
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -109,6 +101,17 @@ def test_each_token_is_in_one_share(seed, size):
             assert share.tokens == len(share.places)
         for g, rows in enumerate(spans.rows):
             assert sorted(i for s in every for i in s.rows[g]) == list(range(len(rows)))
+
+
+def test_pieces_with_fewer_rows_than_processes_take_turns():
+    spans = GroupSpans.of([8], [[3]])
+    holders = [[s.rank for s in shares(spans, 3, first) if s.rows[0]] for first in range(4)]
+    assert holders == [[0], [1], [2], [0]]
+
+
+def test_heads_for_more_processes_than_keys_have(pool, seed):
+    """Four processes, eight query heads, two key heads: each of these goes to two."""
+    assert pool(4).run(shared_run.heads_differ, seed) == pytest.approx([0.0] * 4, abs=1e-5)
 
 
 def test_shares_cost_the_same(seed):

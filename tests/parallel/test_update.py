@@ -8,7 +8,7 @@ import torch
 from tests.parallel import shared_run, shared_update
 from vrlt_fast.parallel.sequence import Peers
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("one_torch_thread")]
 
 
 @pytest.mark.parametrize(
@@ -17,11 +17,8 @@ pytestmark = pytest.mark.xdist_group("processes")
 )
 def test_ten_steps_end_at_the_same_weights(tmp_path, pool, seed, size, method, tokens, recompute):
     """With a reference, several updates of a rollout, and a trained tower; packed and in stages."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = shared_run.make_model(tmp_path / "model", "qwen2_5_vl")
     alone = shared_update.steps(Peers(), folder, seed, method, tokens, recompute)
-    torch.set_num_threads(threads)
     every = pool(size).run(shared_update.steps, folder, seed, method, tokens, recompute)
     for name, right in alone.weights.items():
         for other in every:

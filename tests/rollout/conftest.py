@@ -11,12 +11,8 @@ from vrlt_fast.video.cache import ClipLoader
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they give on models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def one_thread(one_torch_thread):
+    """All of them are about small models."""
 
 
 @pytest.fixture(scope="module")

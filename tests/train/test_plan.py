@@ -74,6 +74,20 @@ def test_what_cannot_be_cut_is_an_error():
         fitting(run, [group(10, [5, 3])], 64, 0, undo=lambda: None)
 
 
+def test_what_processes_share_is_not_done_again():
+    """The others wait in the middle of the first pass. The advice is in tokens of one process."""
+
+    def run(tokens):
+        calls.append(tokens)
+        raise MemoryError
+
+    calls = []
+    with pytest.raises(SetupError, match=r"VRLT-E05 .*2 processes share, each with 33 tokens") as caught:
+        fitting(run, [group(10, [5] * 8), group(4, [3] * 4)], 64, 0, undo=lambda: None, sp=2)
+    assert calls == [0]
+    assert "train.micro_tokens = 16" in caught.value.problems[0].fix
+
+
 def test_other_errors_pass():
     def run(tokens):
         raise RuntimeError("shapes")

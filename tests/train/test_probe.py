@@ -55,7 +55,7 @@ def small(monkeypatch):
 
     def limit(most):
         seen = []
-        for kind in (language.GroupPass, staged._PromptPass, staged._RowsPass):
+        for kind in (language.GroupPass, staged.PromptPass, staged._RowsPass):
 
             def attend(self, layer, query, *rest, whole=kind.attend):
                 if layer == 3 and torch.is_grad_enabled():

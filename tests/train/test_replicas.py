@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from vrlt_fast.config_load import dump_toml
 from vrlt_fast.errors import ConfigError
+from vrlt_fast.parallel import launch
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.train.setup import read_inputs
 from vrlt_fast.train.trainer import train
@@ -126,6 +127,26 @@ def test_the_exit_code_is_that_of_what_went_wrong(start, tmp_path):
 def test_processes_without_work_are_refused(make_config):
     with pytest.raises(ConfigError, match="some would have nothing to do"):
         read_inputs(make_config(**RUN, parallel={"replicas": 4}))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("rollout", "engine", "vllm"), ("train", "prefix", "replicated"), ("train", "verify_shared_prefix", "first_step")],
+)
+def test_what_does_not_share_sequences_is_refused(make_config, section, key, value):
+    with pytest.raises(ConfigError, match=f"goes with {section}.{key} = ") as caught:
+        read_inputs(make_config(parallel={"sp": 2}, **{section: {key: value}}))
+    assert caught.value.problems[0].where == f"{section}.{key}"
+
+
+def test_what_the_launcher_kills_is_no_cause(monkeypatch):
+    """One has stopped in order, the other doesn't end by itself."""
+    monkeypatch.setattr(launch, "GRACE", 0.0)
+    stopped = subprocess.Popen([sys.executable, "-c", "raise SystemExit(75)"])
+    stopped.wait()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert launch._end([stopped, other], 75) == 75
+    assert other.returncode == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -234,6 +234,9 @@ class ParallelConfig(_Section):
     sp: Positive = 1
     """Processes that share each sequence of a replica: replicas x sp processes in all. Updates of long videos need
     about 1/sp of the activations; whole groups roll out on one of them each."""
+    shard: Positive = 1
+    """Of all processes so many share weights, gradients and optimizer states (FSDP2), each with its part; between those
+    groups they are copied (HSDP). A multiple of sp that divides replicas x sp; 1: each process has everything."""
     sequence: Literal["gather_kv", "ulysses"] = "gather_kv"
     """How they attend: gather the prompts' keys and values, whatever the heads, or exchange tokens for heads, where sp
     divides the heads. Groups in stages always gather."""
@@ -251,6 +254,9 @@ class OptimConfig(_Section):
     states: Literal["float32", "bfloat16"] = "float32"
     """Data type that AdamW's two moments are kept in; bfloat16 ones are rounded stochastically and take half the
     memory. Steps are computed in fp32 on fp32 weights either way."""
+    offload: bool = False
+    """Keep AdamW's moments and fp32 weights in host memory, and take its steps there: slower, and only for a GPU whose
+    memory isn't enough."""
 
 
 class TrainConfig(_Section):

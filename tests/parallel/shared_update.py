@@ -12,15 +12,17 @@ import torch
 from tests.parallel import shared_run
 from vrlt_fast.config import GrpoConfig, ModelConfig, OptimConfig
 from vrlt_fast.model.load import enable_recompute, load_model
+from vrlt_fast.model.sharded import ShardedLM, ShardedPolicy
 from vrlt_fast.model.vision import StepVision
+from vrlt_fast.parallel.mesh import Mesh, mesh_of
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
-from vrlt_fast.train.optim import apply_step, make_optimizer, named_trainable
+from vrlt_fast.train.optim import make_optimizer, take_step
 from vrlt_fast.train.passes import How
-from vrlt_fast.train.scored import ScoredGroup
+from vrlt_fast.train.scored import ScoredGroup, StepSize
 from vrlt_fast.train.step import UpdateStats, grpo_backward, score_old
 
 STEPS = 10
@@ -36,26 +38,43 @@ class Trained:
     stats: UpdateStats
 
 
-def steps(peers: Peers, folder: Path, seed: int, method: Any, micro_tokens: int, recompute: bool) -> Trained:
+@dataclass(frozen=True)
+class Ways:
+    """How processes share an update: by ``sp`` and ``shard`` as the configuration has them."""
+
+    sp: int = 1
+    shard: int = 1
+    method: Any = "gather_kv"
+    micro_tokens: int = 0
+    recompute: bool = False
+    freeze: bool = False
+    states: Any = "float32"
+
+
+def steps(peers: Peers, folder: Path, seed: int, ways: Ways) -> Trained:
     """So many optimizer steps, two on each batch of groups with random advantages."""
-    config = ModelConfig(name=str(folder), dtype="float32", device="cpu", freeze_vision=False)
+    mesh = mesh_of(Replicas(peers.rank, peers.size), "cpu", ways.sp, ways.shard) if peers.size > 1 else Mesh()
+    config = ModelConfig(name=str(folder), dtype="float32", device="cpu", freeze_vision=ways.freeze)
     lm, reference = load_model(config), load_model(config)
     reference.module.requires_grad_(False)
     lm.module.train()
-    if recompute:
+    if mesh.weights is not None:
+        lm, reference = ShardedPolicy(lm, mesh.weights), ShardedLM(reference, mesh.weights)
+    if ways.recompute:
         enable_recompute(lm)
-    everyone, optimizer = Replicas(peers.rank, peers.size), make_optimizer(lm, OptimConfig(), LR)
-    start = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
-    how = How(0.9, 64, micro_tokens, "shared", peers, method)
+    optimizer = make_optimizer(lm, OptimConfig(states=ways.states), LR)
+    start = {name: p.detach().clone() for name, p in lm.whole.module.named_parameters()}
+    how = How(0.9, 64, ways.micro_tokens, "shared", mesh.peers, ways.method, mesh.in_step)
     for step in range(STEPS // 2):
-        scored, old = _groups(lm, folder, seed + step), None
+        every, old = _groups(lm, folder, seed + step), None
+        scored = mesh.replicas.share(every)
         for _ in range(2):
-            held = StepVision(lm, peers)
+            held = None if ways.freeze else StepVision(lm, mesh.peers)
             old = score_old(lm, scored, how, held) if old is None else old
-            stats = grpo_backward(lm, reference, scored, GrpoConfig(beta=0.1), how, old=old, held=held)
-            everyone.add_gradients(p for _, p in named_trainable(lm))
-            apply_step(lm, optimizer, stats.loss, LR, 1.0)
-    return Trained(start, {name: p.detach() for name, p in lm.module.named_parameters()}, stats)
+            more: dict[str, Any] = {"size": StepSize.of(every), "old": old, "held": held}
+            stats = grpo_backward(lm, reference, scored, GrpoConfig(beta=0.1), how, **more)
+            take_step(lm, optimizer, mesh, stats.loss, LR, 1.0)
+    return Trained(start, {name: p.detach().clone() for name, p in lm.whole.module.named_parameters()}, stats)
 
 
 def _groups(lm: Any, folder: Path, seed: int) -> list[ScoredGroup]:

@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vrlt_fast.errors import SetupError
 from vrlt_fast.train import checkpoint as ck
+from vrlt_fast.train import tensor_files
 
 SPECIAL = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
 
@@ -122,7 +123,7 @@ def test_weights_load_in_place_also_into_an_opened_model(tmp_path):
 
 
 def test_large_models_are_split_over_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(ck, "_FILE_BYTES", 100_000)
+    monkeypatch.setattr(tensor_files, "FILE_BYTES", 100_000)
     seed = new_seed()
     model, folder = tiny_model(seed), tmp_path / "checkpoints" / "sft-final"
     save(folder, model, tensors={str(i): torch.randn(20_000) for i in range(4)})

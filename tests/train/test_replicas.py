@@ -33,12 +33,12 @@ RUN = {
 
 @pytest.fixture
 def start(make_config, tmp_path):
-    """``start(name, replicas, *words, sp, **changes)``: the command line in a process of its own."""
+    """``start(name, replicas, *words, sp, shard, **changes)``: the command line in a process of its own."""
 
-    def run(name, replicas, *words, sp=1, **changes):
-        config = make_config(**{**RUN, "parallel": {"replicas": replicas, "sp": sp}, **changes})
+    def run(name, replicas, *words, sp=1, shard=1, **changes):
+        config = make_config(**{**RUN, "parallel": {"replicas": replicas, "sp": sp, "shard": shard}, **changes})
         config = config.model_copy(update={"train": config.train.model_copy(update={"out": str(tmp_path / name)})})
-        file = tmp_path / f"{name}-{replicas}-{sp}.toml"
+        file = tmp_path / f"{name}-{replicas}-{sp}-{shard}.toml"
         file.write_text(dump_toml(config), encoding="utf-8")
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])}
         command = [sys.executable, "-m", "vrlt_fast", "train", str(file), *words]
@@ -68,17 +68,33 @@ def assert_close(ours, theirs):
         assert error < 1e-4 * float(tensor.norm()) + 3e-6 * tensor.numel() ** 0.5, (name, error)
 
 
-MESHES = [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
+ONE = {"replicas": 1}
+FOUR = {"replicas": 2, "sp": 2, "shard": 4}
+MESHES = [
+    ({"replicas": 2}, ONE),
+    ({"replicas": 1, "sp": 2, "shard": 2}, ONE),
+    *(
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in [
+            ({"replicas": 1, "sp": 2}, ONE),
+            ({"replicas": 2, "sp": 2}, ONE),
+            ({"replicas": 2, "shard": 2}, FOUR),
+            (FOUR, {"replicas": 2, "shard": 2}),
+            ({"replicas": 2, "sp": 2, "shard": 2}, {"replicas": 3, "shard": 3}),
+        ]
+    ),
+]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("replicas", "sp"), MESHES)
-def test_several_processes_train_as_one_does(start, tmp_path, replicas, sp):
+@pytest.mark.parametrize(("mesh", "later"), MESHES, ids=str)
+def test_several_processes_train_as_one_does(start, tmp_path, mesh, later):
     """Uneven shares (two prompts and one), and a resume with another number of processes; in stages where they share
     sequences, with a frozen tower: nothing is earned here, and Adam makes whole steps of what a trained one rounds.
     """
+    sp = mesh.get("sp", 1)
     more = {"train": {"micro_tokens": 60 // sp}, "model": {"freeze_vision": True}} if sp > 1 else {}
-    one, two = start("one", 1, **more), start("two", replicas, sp=sp, **more)
+    one, two = start("one", 1, **more), start("two", **mesh, **more)
     done(one)
     out, _ = done(two)
     assert out.count("report:") == 1
@@ -99,7 +115,7 @@ def test_several_processes_train_as_one_does(start, tmp_path, replicas, sp):
     assert evals[0] == evals[1]
     for name in ("grpo-final", "grpo-000001"):
         shutil.rmtree(both / "checkpoints" / name, ignore_errors=True)
-    done(start("two", 1, "--resume", **more))
+    done(start("two", later["replicas"], "--resume", **{k: n for k, n in later.items() if k != "replicas"}, **more))
     assert_close(weights(both, "grpo"), weights(alone, "grpo"))
 
 

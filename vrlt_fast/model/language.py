@@ -91,6 +91,27 @@ def run_text(lm: VideoLM, inputs: Inputs, group_pass: Pass | None) -> torch.Tens
     return hidden
 
 
+class _NoTokens:
+    """A pass for the process that has no token: transformers' models want one at least, which nobody sees."""
+
+    def __init__(self, inner: Pass):
+        self._inner = inner
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        nothing = self._inner.attend(layer, query[:0], key[:0], value[:0], scale)
+        return torch.cat([nothing, torch.zeros_like(query)])
+
+
+def run_nothing(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:
+    """Hidden states [0, hidden] of no tokens, for a process that takes part in the passes of others: what it would
+    exchange with them, in attention and for weights, it does, forward and backward.
+    """
+    one = torch.cat([inputs.embeds, inputs.embeds.new_zeros(1, inputs.embeds.shape[1])])
+    return run_text(lm, Inputs(one, inputs.positions.new_zeros(3, 1)), _NoTokens(group_pass))[:0]
+
+
 def hidden_states(lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds) -> torch.Tensor:
     """Hidden states [N, hidden] of all tokens of the layout, with gradients."""
     inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)

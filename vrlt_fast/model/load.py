@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -27,6 +28,7 @@ from vrlt_fast.model.layers import Layers, set_layers
 from vrlt_fast.model.patch_embed import fold_normalize_, linear_patches_
 from vrlt_fast.video.preprocess import Geometry
 
+T = TypeVar("T")
 MODELS = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -79,6 +81,26 @@ class VideoLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.module.dtype  # type: ignore[no-any-return]
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether processes share its weights, and so make every pass together."""
+        return False
+
+    @property
+    def whole(self) -> VideoLM:
+        """The model with all of its weights, for rollouts: itself, where processes don't share them."""
+        return self
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """As the module's: what is trained, and what has gradients."""
+        return list(self.module.named_parameters())
+
+    def run(self, function: Callable[..., T], *args: Any, **more: Any) -> T:
+        """``function(*args, **more)``: a forward pass of the language model, for which weights may have to be gathered.
+        What it returns must be tensors, or a tuple of them.
+        """
+        return function(*args, **more)
 
     def opened(self) -> AbstractContextManager[VideoLM]:
         """The model, inside a block: one that shares its module with another is itself there only."""

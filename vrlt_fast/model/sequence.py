@@ -16,7 +16,7 @@ import torch
 
 from vrlt_fast.errors import ConfigError, Problem
 from vrlt_fast.model.attention import Pass
-from vrlt_fast.model.language import Inputs, make_inputs, run_text, score_hidden
+from vrlt_fast.model.language import Inputs, make_inputs, run_nothing, run_text, score_hidden
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.shares import prefix_order, shares
@@ -271,25 +271,11 @@ def shared_logprobs(
     return out.logp, out.entropy.detach()
 
 
-class _NoTokens:
-    """A pass for the process that has no token: transformers' models want one at least, which nobody sees."""
-
-    def __init__(self, inner: Pass):
-        self._inner = inner
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        nothing = self._inner.attend(layer, query[:0], key[:0], value[:0], scale)
-        return torch.cat([nothing, torch.zeros_like(query)])
-
-
 def run_share(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:
     """Hidden states of a process's tokens, which may be none: it takes part in the others' passes all the same."""
     if len(inputs.embeds):
         return run_text(lm, inputs, group_pass)
-    one = torch.cat([inputs.embeds, inputs.embeds.new_zeros(1, inputs.embeds.shape[1])])
-    return run_text(lm, Inputs(one, inputs.positions.new_zeros(3, 1)), _NoTokens(group_pass))[:0]
+    return run_nothing(lm, inputs, group_pass)
 
 
 def is_recomputed(lm: VideoLM) -> bool:

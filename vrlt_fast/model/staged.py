@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from vrlt_fast.model.attention import Pass
-from vrlt_fast.model.language import GroupPass, Inputs, make_inputs, run_text, score_hidden
-from vrlt_fast.model.layout import Row, build_layout
+from vrlt_fast.model.language import GroupPass, Inputs, make_inputs, run_nothing, run_text, score_hidden
+from vrlt_fast.model.layout import GroupLayout, Row, build_layout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.vision import VisionEmbeds
@@ -35,9 +35,10 @@ class PromptPass:
             self._kept[layer] = (key, value)
         return self._inner.attend(layer, query, key, value, scale)
 
-    def take(self) -> KeyValues:
-        kept, self._kept = self._kept, None
-        return kept or {}
+    def take(self) -> list[torch.Tensor]:
+        """Keys and values of the first layer, of the second, and so on."""
+        kept, self._kept = self._kept or {}, None
+        return [tensor for layer in sorted(kept) for tensor in kept[layer]]
 
 
 class _RowsPass:
@@ -68,27 +69,35 @@ class StagedPrompt:
     def __init__(self, lm: VideoLM, prompt: Prompt, vision: VisionEmbeds):
         self._lm, self._prompt = lm, prompt
         layout = build_layout([prompt], [[]], device=lm.device)
-        inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, vision)
-        prompt_pass = PromptPass(GroupPass(layout.spans))
-        hidden = run_text(lm, inputs, prompt_pass)
-        self._cut_off(hidden[-1:], prompt_pass.take(), layout.tokens_trained)
+        self._cut_off(lm.run(self._forward, layout, vision), layout.tokens_trained)
 
-    def _cut_off(self, last: torch.Tensor, kept: KeyValues, tokens: int) -> None:
+    def _forward(self, layout: GroupLayout, vision: VisionEmbeds) -> tuple[torch.Tensor, ...]:
+        """The prompt's last hidden state [1, hidden], and keys and values, layer by layer."""
+        inputs = make_inputs(self._lm, layout.ids, layout.positions, layout.visual, vision)
+        prompt_pass = PromptPass(GroupPass(layout.spans))
+        hidden = run_text(self._lm, inputs, prompt_pass)
+        return (hidden[-1:], *prompt_pass.take())
+
+    def _cut_off(self, made: Sequence[torch.Tensor], tokens: int) -> None:
         self.tokens = tokens
-        self._made = [last, *(tensor for pair in kept.values() for tensor in pair)]
+        self._made = list(made)
         self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._made]
         pairs = zip(self._leaves[1::2], self._leaves[2::2], strict=True)
-        self._keys_values: KeyValues = dict(zip(kept, pairs, strict=True))
+        self._keys_values: KeyValues = dict(enumerate(pairs))
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """As :func:`~vrlt_fast.model.language.target_logprobs` of the prompt and these rows."""
+        return self._lm.run(self._logprobs, build_layout([self._prompt], [rows], device=self._lm.device), temperature)
+
+    def _logprobs(self, layout: GroupLayout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         lm, prefix = self._lm, len(self._prompt)
-        layout = build_layout([self._prompt], [rows], device=lm.device)
         hidden = [self._leaves[0]]
-        if layout.spans.tokens > prefix:
-            embeds = lm.module.get_input_embeddings()(layout.ids[prefix:])
-            inputs = Inputs(embeds, layout.positions[:, prefix:])
+        embeds = lm.module.get_input_embeddings()(layout.ids[prefix:])
+        inputs = Inputs(embeds, layout.positions[:, prefix:])
+        if len(embeds):
             hidden.append(run_text(lm, inputs, _RowsPass(layout.spans, self._keys_values)))
+        elif lm.in_shards:
+            hidden.append(run_nothing(lm, inputs, GroupPass(GroupSpans.of([0], [[]]))))
         sources = torch.cat(hidden).index_select(0, layout.source - (prefix - 1))
         out = score_hidden(lm, sources, layout.targets, temperature)
         return out.logp, out.entropy.detach()

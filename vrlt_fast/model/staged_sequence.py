@@ -37,19 +37,26 @@ class SharedStagedPrompt(StagedPrompt):
     def __init__(self, lm: VideoLM, prompt: Prompt, vision: VisionEmbeds, peers: Peers):
         self._lm, self._prompt, self._peers = lm, prompt, peers
         shared = SharedLayout(build_layout([prompt], [[]], device=lm.device), peers)
-        recorded = PromptPass(GatherKV(shared, keep=is_recomputed(lm)))
-        hidden = run_share(lm, shared.inputs(lm, vision), recorded)
         self._pieces = 0
-        self._cut_off(shared.last_tokens(hidden), recorded.take(), shared.share.tokens)
+        self._cut_off(lm.run(self._forward_share, shared, vision), shared.share.tokens)
+
+    def _forward_share(self, shared: SharedLayout, vision: VisionEmbeds) -> tuple[torch.Tensor, ...]:
+        recorded = PromptPass(GatherKV(shared, keep=is_recomputed(self._lm)))
+        hidden = run_share(self._lm, shared.inputs(self._lm, vision), recorded)
+        return (shared.last_tokens(hidden), *recorded.take())
 
     def shared_logprobs(
         self, rows: Sequence[Row], temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, SharedLayout]:
         """Log-probs and entropies of the targets of own rows, and which they are."""
-        lm = self._lm
-        layout = build_layout([self._prompt], [rows], device=lm.device)
+        layout = build_layout([self._prompt], [rows], device=self._lm.device)
         shared = SharedLayout(layout, self._peers, first=self._pieces)
         self._pieces += len(rows)
+        logp, entropy = self._lm.run(self._scored, shared, temperature)
+        return logp, entropy, shared
+
+    def _scored(self, shared: SharedLayout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        lm = self._lm
         held = sum(shared.share.prefix_counts)
         places = shared.places[held:]
         embeds = lm.module.get_input_embeddings()(shared.layout.ids[places])
@@ -57,4 +64,4 @@ class SharedStagedPrompt(StagedPrompt):
         hidden = run_share(lm, Inputs(embeds, shared.layout.positions[:, places]), rows_pass)
         sources = torch.cat([hidden, self._leaves[0]]).index_select(0, shared.source - held)
         out = score_hidden(lm, sources, shared.target_ids, temperature)
-        return out.logp, out.entropy.detach(), shared
+        return out.logp, out.entropy.detach()

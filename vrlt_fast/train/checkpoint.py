@@ -5,7 +5,9 @@
 
 Tensors are written by torch's HuggingFaceStorageWriter without a process group, which names the files
 ``model-00001-of-0000N.safetensors`` with ``model.safetensors.index.json`` beside them, also in ``trainer/`` and also
-for one file; it writes no pickle. Consolidation isn't used: torch 2.13 turns 0-dim tensors into zeros there.
+for one file. Where processes share the weights each writes what it has of ``trainer/``, into files
+``shard-0000R-model-00001-of-00001.safetensors``, and the first one the whole weights: ``from_pretrained`` opens every
+checkpoint. Any number of processes reads both. Consolidation isn't used: torch 2.13 turns 0-dim tensors into zeros.
 """
 
 from __future__ import annotations
@@ -14,25 +16,25 @@ import copy
 import json
 import random
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from vrlt_fast.errors import Problem, SetupError
 from vrlt_fast.model.lora import has_lora, merged
+from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.parallel.weights import like, local
 from vrlt_fast.train.manifest import checkpoint_name, latest_checkpoint, prune, publish, verify
+from vrlt_fast.train.tensor_files import read_into, read_tensors, stored_tensors, write_shards, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from vrlt_fast.train.optim import MasterAdamW
 
 __all__ = [
     "LoadedState",
@@ -41,6 +43,7 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer_tensors",
     "load_rng_tensors",
+    "load_shards",
     "load_weights_into",
     "optimizer_tensors",
     "prune",
@@ -51,7 +54,6 @@ __all__ = [
 TRAINER = "trainer"
 STATE = "trainer_state.json"
 
-_FILE_BYTES = 5_000_000_000
 _SLACK_BYTES = 1_000_000  # headers, indices and JSON
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _SIDE_EXCLUDED = {"config.json", "generation_config.json", STATE, "COMMIT.json"}
@@ -72,6 +74,7 @@ def save_checkpoint(
     tokenizer_files: Path,
     tensors: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
+    writers: Replicas | None = None,
 ) -> None:
     """Write a checkpoint, complete or not at all; an existing ``folder`` is replaced.
 
@@ -81,11 +84,17 @@ def save_checkpoint(
         tokenizer_files: folder of the source model; tokenizer, preprocessor and chat template files are copied.
         tensors: by flat name, any dtype and shape, any device.
         state: JSON values only (no NaN).
+        writers: all processes of the run, where they have shards of ``tensors``; all of them call it together. The
+            first one's model, files, state and whole tensors are what is written.
 
     Raises:
         SetupError: VRLT-R03 no space, VRLT-R02 not writable; nothing is left behind and other checkpoints are intact.
         TypeError, ValueError: ``state`` isn't JSON; nothing was written.
     """
+    if writers is not None and not writers.first:
+        place = writers.gather("")[0]
+        write_shards({name: t for name, t in tensors.items() if isinstance(t, DTensor)}, Path(place) / TRAINER)
+        return
     text = json.dumps(dict(state), indent=1, allow_nan=False) + "\n"
     weights = _stored_weights(model)
     side_files = list(_side_files(tokenizer_files))
@@ -97,28 +106,48 @@ def save_checkpoint(
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         _write_configs(model, tmp)
-        _write_tensors(weights, tmp)
+        write_tensors(weights, tmp)
         (tmp / TRAINER).mkdir()
-        _write_tensors(tensors, tmp / TRAINER)
+        if writers is None:
+            write_tensors(tensors, tmp / TRAINER)
+        else:
+            writers.gather(str(tmp))
+            write_shards(tensors, tmp / TRAINER)
         (tmp / STATE).write_text(text, encoding="utf-8")
 
 
-def load_checkpoint(folder: Path) -> LoadedState:
+def load_checkpoint(
+    folder: Path, *, verified: bool = False, wanted: Callable[[str], bool] = lambda name: True
+) -> LoadedState:
     """Verify all files of a checkpoint and read its trainer state.
+
+    Args:
+        verified: another process has compared the files.
+        wanted: which tensors to read, by name.
 
     Raises:
         SetupError: VRLT-K01 naming each file that is missing, short or changed, and the checkpoint to go on from.
     """
-    verify(folder)
+    if not verified:
+        verify(folder)
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    reader = HuggingFaceStorageReader(str(folder / TRAINER))
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    _read_tensors(tensors, reader)
-    return LoadedState(tensors, state)
+    return LoadedState(read_tensors(folder / TRAINER, wanted), state)
+
+
+def load_shards(folder: Path, optimizer: MasterAdamW) -> dict[str, torch.Tensor]:
+    """What of a checkpoint's optimizer state and fp32 copies belongs to this process's shards, by name."""
+    stored, tensors = stored_tensors(folder / TRAINER), {}
+    for name, parameter in optimizer.parameters.items():
+        keys = [f"optimizer/{name}/exp_avg", f"optimizer/{name}/exp_avg_sq"]
+        keys += [f"master/{name}"] if name in optimizer.copied else []
+        for key in keys:
+            if key in stored:
+                tensors[key] = like(torch.empty_like(optimizer.masters[name], dtype=stored[key][1]), parameter)
+        step = f"optimizer/{name}/step"
+        if step in stored:
+            tensors[step] = torch.empty(stored[step][0], dtype=stored[step][1])
+    read_into(tensors, folder / TRAINER)
+    return {name: local(tensor) for name, tensor in tensors.items()}
 
 
 def load_weights_into(folder: Path, model: PreTrainedModel, *, verified: bool = False) -> None:
@@ -132,31 +161,32 @@ def load_weights_into(folder: Path, model: PreTrainedModel, *, verified: bool = 
     if not verified:
         verify(folder)
     weights = _fillable_weights(model)
-    reader = HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = stored_tensors(folder)
     wrong = [f"{name} is not in the checkpoint" for name in weights.keys() - stored.keys()]
     left = stored.keys() - weights.keys()
     wrong += [f"{name} is not in the model" for name in (left - _stored_weights(model).keys() if left else ())]
     for name in weights.keys() & stored.keys():
-        entry, weight = stored[name], weights[name]
-        if isinstance(entry, TensorStorageMetadata):
-            found, expected = f"{tuple(entry.size)} {entry.properties.dtype}", f"{tuple(weight.shape)} {weight.dtype}"
-            if found != expected:
-                wrong.append(f"{name} is {found}, the model has {expected}")
+        (shape, dtype), weight = stored[name], weights[name]
+        if (shape, dtype) != (tuple(weight.shape), weight.dtype):
+            wrong.append(f"{name} is {shape} {dtype}, the model has {tuple(weight.shape)} {weight.dtype}")
     if wrong:
         why = _first_of(wrong)
         fix = "resume with the model.name and model.dtype of the checkpoint's run"
         raise SetupError(Problem("VRLT-M04", "weights do not fit the model", str(folder), why, fix))
-    _read_tensors(weights, reader)
+    read_into(weights, folder)
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.Tensor],
+    shards: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """State of an AdamW optimizer under names that don't depend on the parameters' order.
 
     Args:
         parameters: name to parameter, as ``dict(model.named_parameters())``; more than the optimizer's is fine.
+        shards: the model's parameters by the same names, where the optimizer has shards of them: the state is sharded
+            in the same way.
 
     Returns:
         ``optimizer/<name>/{step,exp_avg,exp_avg_sq}``; a parameter that was never updated has ``step`` 0 only.
@@ -165,7 +195,8 @@ def optimizer_tensors(
     for name, parameter in _optimized(optimizer, parameters).items():
         state = optimizer.state.get(parameter) or {"step": torch.zeros(())}
         for key, value in state.items():
-            tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value).detach()
+            tensor = torch.as_tensor(value).detach()
+            tensors[f"optimizer/{name}/{key}"] = like(tensor, shards[name]) if shards and tensor.ndim else tensor
     return tensors
 
 
@@ -280,39 +311,6 @@ def _side_files(source: Path) -> Iterable[Path]:
         wanted = legal or (path.suffix in _SIDE_SUFFIXES and not path.name.endswith(".index.json"))
         if wanted and path.name not in _SIDE_EXCLUDED and path.is_file():
             yield path
-
-
-def _write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    files, index, used = {}, 1, 0
-    for name, tensor in tensors.items():
-        if used and used + tensor.nbytes > _FILE_BYTES:
-            index, used = index + 1, 0
-        files[name] = index
-        used += tensor.nbytes
-    ready = {name: _standalone(tensor) for name, tensor in tensors.items()}
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files or None)
-    _single_process(lambda: dcp_save(ready, storage_writer=writer, no_dist=True))
-
-
-def _read_tensors(tensors: dict[str, torch.Tensor], reader: HuggingFaceStorageReader) -> None:
-    if tensors:
-        _single_process(lambda: dcp_load(tensors, storage_reader=reader, no_dist=True))
-
-
-def _single_process(call: Callable[[], Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        try:
-            call()
-        except CheckpointException as error:
-            # Not an Exception in torch; the cause is what callers can handle.
-            raise next(iter(error.failures.values()))[0] from None
-
-
-def _standalone(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous and alone in its storage, as safetensors needs."""
-    tensor = tensor.detach().contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
 def _optimized(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,13 @@ Bytes, with e the size of a number of ``model.dtype`` and N tokens in the larges
     KV           as the rollout engine plans it
 
 With ``parallel.sp`` a process has its share of the tokens of a pass and of the patches of the tower, and while a layer
-runs the gathered keys and values of that layer, several times.
+runs the gathered keys and values of that layer, several times. With ``parallel.shard`` = n:
+
+    weights      whole ones for rollouts, and 4 / n a trained parameter
+    reference    e / n a parameter of the language model; its tower is whole
+    gradients    4 / n a trained parameter
+    optimizer    its moments over n
+    gathered     while the update runs: e + 4 a parameter of embedding, head, a trained tower, and two layers
 
 Not counted: the CUDA context, an allocator's holes, decoded frames, SFT's passes, what torch keeps for itself.
 """
@@ -73,10 +79,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Counts:
-    """Bytes of a model's parameters; ``plain`` without adapters. ``trained``: size and bytes a number of each."""
+    """Bytes of a model's parameters; ``plain`` without adapters, ``tower`` those of the tower among them, ``ends`` of
+    embedding and head. ``trained``: size and bytes a number of each.
+    """
 
     weights: int
     plain: int
+    tower: int
+    ends: int
     trained: tuple[tuple[int, int], ...]
     head_trained: bool
 
@@ -92,7 +102,10 @@ def count(info: ModelInfo, config: Config) -> Counts:
     if config.lora.rank:
         add_lora(VideoLM(info, module), config.lora)
     trained = tuple((p.numel(), p.dtype.itemsize) for p in module.parameters() if p.requires_grad)
-    return Counts(_nbytes(module.parameters()), plain, trained, module.lm_head.weight.requires_grad)
+    ends = {id(p): p for p in (module.get_input_embeddings().weight, module.lm_head.weight)}  # one where they are tied
+    tower = _nbytes(module.model.visual.parameters())
+    head = module.lm_head.weight.requires_grad
+    return Counts(_nbytes(module.parameters()), plain, tower, _nbytes(ends.values()), trained, head)
 
 
 def _nbytes(parameters: Iterable[torch.Tensor]) -> int:
@@ -277,7 +290,8 @@ def estimate(
     counts = counts or count(info, config)
     e = getattr(torch, config.model.dtype).itemsize
     text, tower = Text.of(info, config, device), Tower.of(info, config, device)
-    parts = _states(config, counts)
+    away = config.optim.offload and device == "cuda"
+    parts = _states(config, counts, away) if config.parallel.shard == 1 else _shards(config, counts, text.layers, away)
     if config.model.freeze_vision:
         key = "gpu_gb" if device == "cuda" else "host_gb"
         most = int(getattr(config.embed_cache, key) * 1e9)
@@ -302,22 +316,42 @@ def estimate(
     return Estimate((*parts, _vision(tower, config, patches, e, device)))
 
 
-def _states(config: Config, counts: Counts) -> list[Part]:
-    """Weights, and what the optimizer has for each."""
+def _states(config: Config, counts: Counts, away: bool) -> list[Part]:
+    """Weights, and what the optimizer has for each, unless it is in host memory."""
     numbers = sum(n for n, _ in counts.trained)
     copied = sum(n for n, each in counts.trained if each < 4)
     narrow = config.optim.states == "bfloat16"
     shared = config.lora.rank and config.model.freeze_vision
     reference = 0 if shared or config.grpo.beta == 0 or "grpo" not in config.train.stages else counts.plain
-    states = numbers * (4 if narrow else 8) + 4 * copied + 4 * len(counts.trained)
+    states = 0 if away else numbers * (4 if narrow else 8) + 4 * copied + 4 * len(counts.trained)
+    copied = 0 if away else copied
     piece = 6 * 4 * min(max((n for n, _ in counts.trained), default=0), STEP_PIECE)
-    gradients, fewer = sum(n * each for n, each in counts.trained), "lora.rank, model.freeze_vision"
+    gradients, fewer = sum(n * each for n, each in counts.trained), "lora.rank, model.freeze_vision, optim.offload"
     return [
         Part("weights", counts.weights, lower='model.dtype = "bfloat16"'),
         Part("reference", reference, lower="grpo.beta = 0, or lora.rank with a frozen tower"),
         Part("optimizer", states, lower=f'{fewer}, optim.states = "bfloat16"'),
         Part("gradients", gradients, lower=fewer),
         Part("gradients in fp32", piece if narrow else 4 * copied, "optimizer step", 'optim.states = "bfloat16"'),
+    ]
+
+
+def _shards(config: Config, counts: Counts, layers: int, away: bool) -> list[Part]:
+    """As :func:`_states`, where processes share the weights."""
+    e, shard = getattr(torch, config.model.dtype).itemsize, config.parallel.shard
+    numbers = sum(n for n, _ in counts.trained)
+    each = 0 if away else 4 if config.optim.states == "bfloat16" else 8
+    referred = config.grpo.beta != 0 and "grpo" in config.train.stages
+    reference = (counts.plain - counts.tower) // shard + counts.tower if referred else 0
+    tower = 0 if config.model.freeze_vision else counts.tower
+    layer = (counts.plain - counts.tower - counts.ends) // layers
+    gathered = (counts.ends + tower + 2 * layer) // e * (e + 4)
+    return [
+        Part("weights", counts.weights + 4 * numbers // shard, lower='model.dtype = "bfloat16"'),
+        Part("reference", reference, lower="grpo.beta = 0"),
+        Part("optimizer", each * numbers // shard + 4 * len(counts.trained), lower="a larger parallel.shard"),
+        Part("gradients", 4 * numbers // shard, lower="a larger parallel.shard"),
+        Part("gathered weights", gathered, "update", "model.freeze_vision"),
     ]
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from vrlt_fast.config import OptimConfig
 from vrlt_fast.model.load import VideoLM
+from vrlt_fast.model.sharded import ShardedPolicy
+from vrlt_fast.parallel.mesh import Mesh
+from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.parallel.weights import first_value, like, local
 from vrlt_fast.train.rounding import noise_, round_to_bf16
 
 PIECE = 2**24
@@ -19,23 +24,33 @@ PIECE = 2**24
 
 def named_trainable(lm: VideoLM) -> list[tuple[str, torch.nn.Parameter]]:
     """Trainable parameters by name, in module order."""
-    return [(name, p) for name, p in lm.module.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in lm.named_parameters() if p.requires_grad]
 
 
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on fp32 copies of parameters that are kept in less.
 
     A step of 1e-6 is below half a bf16 ulp of most weights: without the copies it would be lost. ``masters`` are the
-    tensors that are optimized, by name: the parameter itself where it is fp32 (or fp64) already.
+    tensors that are optimized, by name: the parameter itself where it is fp32 (or fp64) already, and of a parameter
+    that processes share this one's shard, in the same memory. With ``optim.offload`` all are copies in host memory, and
+    so are the moments. ``copied``: names of those that aren't the weights as the model computes with them.
 
     With ``optim.states = "bfloat16"`` the moments are rounded stochastically after each step, which is in fp32 itself;
     how is a function of ``seed``, the parameter's name and its number of steps, so that processes and resumed runs do
     the same.
     """
 
-    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], optim: OptimConfig, lr: float, seed: int = 0):
+    def __init__(
+        self,
+        named: Sequence[tuple[str, torch.nn.Parameter]],
+        optim: OptimConfig,
+        lr: float,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.parameters = dict(named)
-        self.masters = {name: p if p.dtype.itemsize >= 4 else _master(p) for name, p in named}
+        self.masters = {name: _master(p, offload=optim.offload) for name, p in named}
+        self.copied = {name for name, p in named if (dtype if isinstance(p, DTensor) else p.dtype).itemsize < 4}
         self._narrow, self._seed = optim.states == "bfloat16", seed
         matrices = [m for m in self.masters.values() if m.ndim >= 2]
         others = [m for m in self.masters.values() if m.ndim < 2]
@@ -43,14 +58,15 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__([g for g in groups if g["params"]], lr=lr, betas=optim.betas, fused=True)
 
     def copies(self) -> dict[str, torch.Tensor]:
-        """The masters that are not the parameter itself, for the checkpoint."""
-        return {f"master/{n}": m for n, m in self.masters.items() if m is not self.parameters[n]}
+        """The masters that are not the weights themselves, for the checkpoint; sharded as the parameters are."""
+        wanted = {name: master.detach() for name, master in self.masters.items() if name in self.copied}
+        return {f"master/{name}": like(master, self.parameters[name]) for name, master in wanted.items()}
 
     @torch.no_grad()
     def load_copies(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Inverse of :meth:`copies`; raises KeyError for one that is missing."""
-        for name, master in self.copies().items():
-            master.copy_(tensors[name])
+        for name in self.copied:
+            self.masters[name].copy_(local(tensors[f"master/{name}"]))
 
     def update(self) -> None:
         """One step from the parameters' gradients, which are cleared."""
@@ -60,13 +76,18 @@ class MasterAdamW(torch.optim.AdamW):
             for name, parameter in self.parameters.items():
                 master = self.masters[name]
                 if master is not parameter:
-                    master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+                    master.grad = None if parameter.grad is None else local(parameter.grad).to(master)
             self.step()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+                own, master = local(parameter), self.masters[name]
+                if own.data_ptr() != master.data_ptr():
+                    own.copy_(master)
         self.clear()
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Of all parameters that have one, what this process has of it; the same memory."""
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def _narrow_step(self) -> None:
@@ -82,13 +103,13 @@ class MasterAdamW(torch.optim.AdamW):
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = torch.zeros(master.shape, dtype=torch.bfloat16, device=master.device)
             step = int(state["step"])
-            for begin in range(0, master.numel(), PIECE):
-                part = slice(begin, begin + PIECE)
+            for begin, skipped, part in _pieces(first_value(parameter), master.numel()):
                 weights, first, second = (t.view(-1)[part] for t in (master, state["exp_avg"], state["exp_avg_sq"]))
-                gradient = parameter.grad.reshape(-1)[part].to(master.dtype)
+                gradient = local(parameter.grad).reshape(-1)[part].to(master)
                 wide = [moment.to(master.dtype) for moment in (first, second)]
                 _adamw(weights, gradient, wide, state["step"].clone(), groups[id(master)])
-                noise = noise_(first.new_empty(len(first), dtype=torch.int32), f"{self._seed} {step} {name} {begin}")
+                words = first.new_empty(len(first), dtype=torch.int32)
+                noise = noise_(words, f"{self._seed} {step} {name} {begin}", skipped)
                 first.copy_(round_to_bf16(wide[0].float(), noise & 0xFFFF))
                 second.copy_(round_to_bf16(wide[1].float(), (noise >> 16) & 0xFFFF))
             state["step"] += 1
@@ -127,13 +148,41 @@ def _adamw(
     )
 
 
-def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(parameter.detach().float().clone())
+@torch.no_grad()
+def _clip_shards(gradients: Sequence[torch.Tensor], most: float, owners: Replicas) -> float:
+    """As torch's clip_grad_norm_, of gradients in shards."""
+    own = torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=torch.float64)) if gradients else torch.zeros(1)
+    norm = math.sqrt(owners.sum([float(own.square().sum())])[0])
+    if gradients and norm > most:
+        torch._foreach_mul_(list(gradients), most / (norm + 1e-6))
+    return norm
+
+
+def _master(parameter: torch.nn.Parameter, *, offload: bool) -> torch.nn.Parameter:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    if offload:
+        host = local(parameter).detach().to("cpu", wide, copy=True)
+        return torch.nn.Parameter(host.pin_memory() if torch.cuda.is_available() else host)
+    if isinstance(parameter, DTensor):
+        return torch.nn.Parameter(local(parameter))
+    return parameter if parameter.dtype == wide else torch.nn.Parameter(parameter.detach().to(wide))
+
+
+def _pieces(first: int, count: int) -> Iterator[tuple[int, int, slice]]:
+    """Pieces of a whole parameter that ``count`` values from its value ``first`` on have a part of: where the piece
+    begins, what is left out of its beginning, and the part among the values.
+    """
+    at = first
+    while at < first + count:
+        begin = at // PIECE * PIECE
+        end = min(begin + PIECE, first + count)
+        yield begin, at - begin, slice(at - first, end - first)
+        at = end
 
 
 def make_optimizer(lm: VideoLM, optim: OptimConfig, lr: float, seed: int = 0) -> MasterAdamW:
     """AdamW with weight decay on matrices only; ``seed`` as in :class:`MasterAdamW`."""
-    return MasterAdamW(named_trainable(lm), optim, lr, seed)
+    return MasterAdamW(named_trainable(lm), optim, lr, seed, lm.dtype)
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -152,13 +201,31 @@ def constant_lr(step: int, steps: int, peak: float, warmup: int) -> float:
 SCHEDULES = {"constant": constant_lr, "cosine": cosine_lr}
 
 
-def apply_step(lm: VideoLM, optimizer: MasterAdamW, loss: float, lr: float, grad_clip: float) -> float:
+def take_step(lm: VideoLM, optimizer: MasterAdamW, mesh: Mesh, loss: float, lr: float, grad_clip: float) -> float:
+    """Bring the gradients of all processes together, and :func:`apply_step`; all call it together."""
+    if not isinstance(lm, ShardedPolicy):
+        mesh.everyone.add_gradients(p for _, p in named_trainable(lm))
+        return apply_step(lm, optimizer, loss, lr, grad_clip)
+    lm.finish()
+    norm = apply_step(lm, optimizer, loss, lr, grad_clip, mesh.owners)
+    lm.refresh()
+    return norm
+
+
+def apply_step(
+    lm: VideoLM, optimizer: MasterAdamW, loss: float, lr: float, grad_clip: float, owners: Replicas | None = None
+) -> float:
     """Clip the gradient, step, clear. Returns the gradient norm before clipping.
 
     Where loss or norm is not finite, weights and optimizer stay as they are.
+
+    Args:
+        owners: processes that have a shard of each parameter.
     """
-    params = [p for _, p in named_trainable(lm)]
-    norm = float(torch.nn.utils.clip_grad_norm_(params, grad_clip))
+    if owners is None or owners.world == 1:
+        norm = float(torch.nn.utils.clip_grad_norm_([p for _, p in named_trainable(lm)], grad_clip))
+    else:
+        norm = _clip_shards(optimizer.gradients(), grad_clip, owners)
     if not (math.isfinite(norm) and math.isfinite(loss)):
         optimizer.clear()
         return norm

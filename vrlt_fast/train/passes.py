@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -14,9 +15,11 @@ from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.replicated import replicated_logprobs
 from vrlt_fast.model.sequence import Method, SharedLayout, shared_logprobs
+from vrlt_fast.model.sharded import ShardedLM
 from vrlt_fast.model.staged import StagedPrompt
 from vrlt_fast.model.staged_sequence import SharedStagedPrompt
 from vrlt_fast.model.vision import Embeddings, VisionEmbeds, shared_vision
+from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.train.plan import MicroBatch, Unit, update_units
 from vrlt_fast.train.scored import ScoredGroup
@@ -30,7 +33,7 @@ class How:
 
     ``prefix``: "replicated" computes a prompt once a response, to check that the shared one is the same. ``peers``:
     processes with the same groups that share every pass, each with its rows, by ``method``; ``micro_tokens`` is then
-    what each of them computes.
+    what each of them computes. ``owners``: processes that share the weights, and so make equally many passes.
     """
 
     temperature: float
@@ -39,6 +42,15 @@ class How:
     prefix: Prefix = "shared"
     peers: Peers = field(default_factory=Peers)
     method: Method = "gather_kv"
+    owners: Replicas = field(default_factory=Replicas)
+
+    def rounds(self, scored: Sequence[ScoredGroup]) -> list[tuple[Unit, int]]:
+        """What goes through together, with the number of passes that the process with most of them makes then; empty
+        units where others have more.
+        """
+        units = sorted(self.units(scored), key=len, reverse=True) if self.owners.world > 1 else self.units(scored)
+        passes = most_by_place(self.owners.gather([len(unit) for unit in units]))
+        return list(zip([*units, *([] for _ in passes[len(units) :])], passes, strict=True))
 
     def units(self, scored: Sequence[ScoredGroup]) -> list[Unit]:
         """What goes through together."""
@@ -68,16 +80,28 @@ class Scores:
         return torch.tensor(lengths, device=self.logp.device).cumsum(0)
 
 
+def most_by_place(counts: Sequence[Sequence[int]]) -> list[int]:
+    """The largest of the first numbers, of the second ones, and so on."""
+    return [max(found) for found in zip_longest(*counts, fillvalue=0)]
+
+
 class UnitPass:
     """The passes of one model over the micro-batches of a unit, one after the other; ``tokens`` that this process
     computed.
+
+    Args:
+        passes: that processes which share the weights make at this time, at least as many as there are micro-batches:
+            what is missing are idle ones.
     """
 
-    def __init__(self, lm: VideoLM, unit: Unit, vision: VisionEmbeds, how: How):
+    def __init__(self, lm: VideoLM, unit: Unit, vision: VisionEmbeds | None, how: How, passes: int = 0):
         self._lm, self._vision, self._how = lm, vision, how
         self._staged: StagedPrompt | None = None
+        self._idle, self._missing = None, max(passes - len(unit), 0)
         self.tokens = 0
-        if len(unit) > 1:
+        if passes > 1 >= len(unit):
+            self._idle = idle(lm)
+        if len(unit) > 1 and vision is not None:
             (prompt,) = prompts_of(unit)
             shared = how.peers.size > 1
             self._staged = (
@@ -87,6 +111,8 @@ class UnitPass:
 
     def scores(self, chunk: MicroBatch) -> Scores:
         """Of a micro-batch of the unit."""
+        if self._vision is None:
+            raise ValueError("no prompts, but rows")
         prompts, rows = [s.group.request.prompt for s in chunk], rows_of(chunk)
         every = [(s, i) for s in chunk for i in s.trained]
         if self._how.peers.size > 1:
@@ -97,7 +123,7 @@ class UnitPass:
             logp, entropy = self._staged.logprobs(rows[0], self._how.temperature)
         elif self._how.prefix == "shared":
             self.tokens += layout.tokens_trained
-            logp, entropy = target_logprobs(self._lm, layout, self._vision, self._how.temperature)
+            logp, entropy = self._lm.run(target_logprobs, self._lm, layout, self._vision, self._how.temperature)
         else:
             self.tokens += layout.tokens_logical
             logp, entropy = replicated_logprobs(self._lm, prompts, rows, self._vision, self._how.temperature)
@@ -110,7 +136,9 @@ class UnitPass:
             self.tokens += sum(map(sum, shared.share.lengths))
         else:
             shared = SharedLayout(build_layout(prompts, rows, device=self._lm.device), how.peers)
-            logp, entropy = shared_logprobs(self._lm, shared, self._vision, how.temperature, method=how.method)
+            logp, entropy = self._lm.run(
+                shared_logprobs, self._lm, shared, self._vision, how.temperature, method=how.method
+            )
             self.tokens += shared.share.tokens
         own = [(s, s.trained[r]) for s, mine in zip(chunk, shared.rows, strict=True) for r in mine]
         logical = [
@@ -119,9 +147,25 @@ class UnitPass:
         return Scores(logp, entropy, own, sum(logical))
 
     def backward(self) -> None:
-        """What the backward passes of the micro-batches have left to do."""
+        """What the backward passes of the micro-batches have left to do, and idle ones where others have more."""
+        for _ in range(self._missing):
+            torch.autograd.backward(idle(self._lm))
         if self._staged is not None:
             self._staged.backward()
+        elif self._idle is not None:
+            torch.autograd.backward(self._idle)
+
+    def rest(self) -> None:
+        """The idle passes, where there is nothing to go back through."""
+        for _ in range(self._missing):
+            idle(self._lm)
+
+
+def idle(lm: VideoLM) -> torch.Tensor:
+    """A pass over nothing, for processes that share weights: zero, with a graph."""
+    if not isinstance(lm, ShardedLM):
+        raise ValueError("idle passes are for processes that share weights")
+    return lm.idle()
 
 
 def prompts_of(unit: Unit) -> list[Prompt]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from vrlt_fast.config import Config
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
+from vrlt_fast.model.sharded import ShardedPolicy
 from vrlt_fast.model.vision import StepVision, is_frozen
-from vrlt_fast.parallel.sequence import Peers
+from vrlt_fast.parallel.mesh import Mesh
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
@@ -41,7 +43,7 @@ def probe_step(
     optimizer: MasterAdamW,
     say: Callable[[str], None],
     *,
-    peers: Peers,
+    mesh: Mesh,
 ) -> int:
     """Forward and backward of the largest pass behind ``prompt``, with random tokens; nothing is trained, gradients are
     dropped and random states are as before. On a GPU memory is held back for the optimizer's moments and for rollouts,
@@ -55,7 +57,7 @@ def probe_step(
     """
     scored = [_group(prompt, config, place) for place in range(prompts_of(config))]
     before, begin, rows = rng_tensors(), perf_counter(), config.train.micro_rows
-    trained = not is_frozen(lm)
+    trained, peers = not is_frozen(lm), mesh.peers
 
     def run(tokens: int) -> UpdateStats:
         # held until the pass is through
@@ -63,14 +65,18 @@ def probe_step(
         vision = StepVision(lm, peers) if trained else None
         if vision is not None:  # it holds the clips of the whole step
             vision.take(clip for s in scored for clip in s.group.request.prompt.media)
-        how = How(config.rollout.temperature, rows, tokens, config.train.prefix, peers, config.parallel.sequence)
+        method, together = config.parallel.sequence, mesh.in_step
+        how = How(config.rollout.temperature, rows, tokens, config.train.prefix, peers, method, together)
         (first, *_) = how.units(scored)
         stats = grpo_backward(lm, reference, scored[: len(first[0])], config.grpo, how, held=vision)
+        if isinstance(lm, ShardedPolicy):
+            lm.finish()
         del reserve
         return stats
 
     try:
-        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, sp=peers.size)
+        alone: dict[str, Any] = {"sp": peers.size, "again": mesh.weights is None}
+        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, **alone)
     finally:
         optimizer.clear()
         load_rng_tensors(before)

@@ -11,9 +11,11 @@ from hashlib import blake2b
 import torch
 
 
-def noise_(words: torch.Tensor, key: str) -> torch.Tensor:
-    """Fill int32 [n] with 32 random bits each: a hash of ``key`` and of the place. The same on every device."""
-    torch.arange(len(words), out=words)
+def noise_(words: torch.Tensor, key: str, first: int = 0) -> torch.Tensor:
+    """Fill int32 [n] with 32 random bits each: a hash of ``key`` and of the place, from ``first`` on. The same on every
+    device.
+    """
+    torch.arange(first, first + len(words), out=words)
     digest = blake2b(key.encode(), digest_size=8).digest()
     for part in (digest[:4], digest[4:]):
         words ^= int.from_bytes(part, "little", signed=True)

@@ -29,9 +29,9 @@ from vrlt_fast.model.layers import check_layers
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
 from vrlt_fast.model.lora import check_lora
 from vrlt_fast.model.prompt import render
-from vrlt_fast.model.sequence import check_method
 from vrlt_fast.report.writers import check_writers
 from vrlt_fast.rollout.vllm import check_vllm
+from vrlt_fast.train.check_parallel import check_parallel
 from vrlt_fast.train.memory import Longest
 from vrlt_fast.video.cache import upright
 from vrlt_fast.video.images import ImageLoader
@@ -87,7 +87,7 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
     check_layers(config.kernels.layers, pick_device(config.model.device))
     check_writers(config.log.to)
     check_lora(config.lora, config.rollout.engine)
-    _check_parallel(config, info)
+    check_parallel(config, info)
     if config.rollout.engine == "vllm":
         check_vllm(info.family)
     train = read_split(config, "train")
@@ -100,32 +100,6 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
         broken, longest = _probe(config, info, train, data_root(config, "train"))
         broken += _probe(config, info, heldout, data_root(config, "eval"))[0] if heldout else []
     return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken), longest)
-
-
-def _check_sp(config: Config, info: ModelInfo) -> None:
-    text = info.config.text_config
-    check_method(config.parallel.sequence, config.parallel.sp, text.num_attention_heads, text.num_key_value_heads)
-    for key, value, wanted in (
-        ("rollout.engine", config.rollout.engine, "group"),
-        ("train.prefix", config.train.prefix, "shared"),
-        ("train.verify_shared_prefix", config.train.verify_shared_prefix, "off"),
-    ):
-        if value != wanted:
-            what = f'parallel.sp = {config.parallel.sp} goes with {key} = "{wanted}" only'
-            raise ConfigError(Problem("VRLT-C04", what, key, fix=f'set {key} = "{wanted}", or parallel.sp = 1'))
-
-
-def _check_parallel(config: Config, info: ModelInfo) -> None:
-    """Raises ConfigError C04 where a process would have nothing to do, or what is asked for doesn't go together."""
-    if config.parallel.sp > 1:
-        _check_sp(config, info)
-    shared = {"sft": ("sft.batch", config.sft.batch), "grpo": ("rollout.prompts", config.rollout.prompts)}
-    for stage in config.train.stages:
-        key, count = shared[stage]
-        if count < config.parallel.replicas:
-            what = f"{config.parallel.replicas} replicas share {key} = {count}"
-            fix = f"raise {key}, or lower parallel.replicas"
-            raise ConfigError(Problem("VRLT-C04", what, "parallel.replicas", "some would have nothing to do", fix))
 
 
 def _probe(

@@ -17,7 +17,7 @@ from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.sequence import SharedLayout, shared_logprobs
 from vrlt_fast.model.vision import VisionEmbeds, shared_vision
-from vrlt_fast.train.passes import How
+from vrlt_fast.train.passes import How, idle
 
 
 def answer_tokens(info: ModelInfo, sample: Sample, prompt: PromptConfig) -> list[int]:
@@ -81,7 +81,9 @@ def sft_backward(
     if not left.keys() <= {p.clip.key for p in prompts}:
         raise ValueError("a narration has a clip that no prompt has")
     answer_loss, caption_loss, tokens = 0.0, 0.0, 0
-    for chunk in by_clip(prompts, how.micro_rows):
+    chunks = by_clip(prompts, how.micro_rows)
+    most = max(how.owners.gather(len(chunks)))
+    for chunk in chunks:
         told = [left.pop(key) for key in dict.fromkeys(prompts[g[0]].clip.key for g in chunk) if key in left]
         firsts = [*(prompts[group[0]] for group in chunk), *(prompt for prompt, _ in told)]
         cuts = [*(common_prefix([prompts[i] for i in group]) for group in chunk), *(len(p) for p, _ in told)]
@@ -103,6 +105,8 @@ def sft_backward(
         answer_loss += float(of_answers.detach()) / total
         caption_loss += float(of_captions.detach()) / max(captions, 1)
         tokens += passed - (sum(len(prompt) for prompt, _ in told) if how.peers.rank == 0 else 0)
+    for _ in range(most - len(chunks)):
+        torch.autograd.backward(idle(lm))
     return SftLoss(answer_loss, caption_loss, tokens)
 
 
@@ -111,9 +115,10 @@ def _scored(
 ) -> tuple[torch.Tensor, int, int]:
     """Log-probs of this process's targets, how many of them are of answers, and the tokens that it computed."""
     if how.peers.size == 1:
-        return target_logprobs(lm, layout, vision, also=also)[0], len(layout.targets), layout.tokens_trained
+        logp, _ = lm.run(target_logprobs, lm, layout, vision, also=also)
+        return logp, len(layout.targets), layout.tokens_trained
     shared = SharedLayout(layout, how.peers, also)
-    logp, _ = shared_logprobs(lm, shared, vision, method=how.method)
+    logp, _ = lm.run(shared_logprobs, lm, shared, vision, method=how.method)
     return logp, int((shared.targets < len(layout.targets)).sum()), shared.share.tokens
 
 

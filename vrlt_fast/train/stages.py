@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.sample import Sample
@@ -22,7 +22,7 @@ from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard, describe_prompts
-from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, cosine_lr, named_trainable
+from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, cosine_lr, take_step
 from vrlt_fast.train.passes import How
 from vrlt_fast.train.plan import fitting
 from vrlt_fast.train.probe import probe_step
@@ -79,11 +79,16 @@ class SftStage:
         size = SftSize(*map(int, self._mesh.replicas.sum([own.answers, own.captions])))
         if size.answers:
             with clock.phase("update"):
-                how = How(1.0, config.train.micro_rows, peers=self._mesh.peers, method=config.parallel.sequence)
+                how = How(
+                    1.0,
+                    config.train.micro_rows,
+                    peers=self._mesh.peers,
+                    method=config.parallel.sequence,
+                    owners=self._mesh.in_step,
+                )
                 part = sft_backward(self.lm, prompts, answers, how, told, sft.narration, self._cache, size=size)
                 loss, captions, tokens = self._mesh.everyone.sum([part.answers, part.captions, part.tokens])
-                self._mesh.everyone.add_gradients(p for _, p in named_trainable(self.lm))
-                norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
+                norm = take_step(self.lm, self.optimizer, self._mesh, loss, lr, config.optim.grad_clip)
             told_answers = [[{"tokens": a}] for a in answers]
             fine = self._guard.look("sft", step, loss, norm, lambda: describe_prompts(prompts, told_answers))
             record |= {} if fine else {"skipped": True}
@@ -134,7 +139,7 @@ class GrpoStage:
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
         self._guard, self._micro_tokens, self._out_of_memory = guard, config.train.micro_tokens, 0
         self._say, self._unverified = say, config.train.verify_shared_prefix == "first_step"
-        self._engine = open_engine(config, lm, cache)
+        self._engine = open_engine(config, lm.whole, cache)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -147,7 +152,7 @@ class GrpoStage:
         prompt = self.feed.prompt(sample)
         if self._mesh.peers.agree(prompt is not None) and prompt is not None:
             self._micro_tokens = probe_step(
-                self.lm, self.reference, prompt, self.config, self.optimizer, self._say, peers=self._mesh.peers
+                self.lm, self.reference, prompt, self.config, self.optimizer, self._say, mesh=self._mesh
             )
 
     def step(self, step: int) -> Record:
@@ -183,7 +188,7 @@ class GrpoStage:
         self, prompts: Sequence[Prompt], step: int, clock: Clock, vision: StepVision | None
     ) -> tuple[list[ScoredGroup], RolloutStats]:
         """The groups of these prompts, and with ``grpo.refill`` of the prompts after them, until enough have signal."""
-        self._engine.sync(self.lm)
+        self._engine.sync(self.lm.whole)
         seen, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
         for _ in range(self.config.grpo.refill):
             if not self._mesh.everyone.any(sum(s.has_signal for s in seen) < self._wanted):
@@ -280,7 +285,15 @@ class GrpoStage:
 
         def run(tokens: int) -> UpdateStats:
             nonlocal old
-            how = How(config.rollout.temperature, rows, tokens, config.train.prefix, peers, config.parallel.sequence)
+            how = How(
+                config.rollout.temperature,
+                rows,
+                tokens,
+                config.train.prefix,
+                peers,
+                config.parallel.sequence,
+                self._mesh.in_step,
+            )
             held = vision or self._cache
             if config.grpo.updates > 1 and old is None:
                 old = score_old(self.lm, active, how, held)
@@ -295,11 +308,11 @@ class GrpoStage:
 
         reference_seconds = 0.0
         for _ in range(config.grpo.updates):
-            stats, self._micro_tokens, failed = fitting(run, active, rows, self._micro_tokens, undo=undo, sp=peers.size)
+            together: dict[str, Any] = {"sp": peers.size, "again": self._mesh.weights is None}
+            stats, self._micro_tokens, failed = fitting(run, active, rows, self._micro_tokens, undo=undo, **together)
             self._out_of_memory += failed
             (loss,) = everyone.sum([stats.loss])
-            everyone.add_gradients(p for _, p in named_trainable(self.lm))
-            norm = apply_step(self.lm, self.optimizer, loss, lr, config.optim.grad_clip)
+            norm = take_step(self.lm, self.optimizer, self._mesh, loss, lr, config.optim.grad_clip)
             reference_seconds += stats.reference_seconds
             mismatch = mismatch or stats.mismatch  # of the weights that rolled out
             stats.mismatch = mismatch

@@ -65,12 +65,12 @@ def grpo_backward(
     """
     stats, size = UpdateStats(), size or StepSize.of(scored)
     normalizer = size.tokens if grpo.reduction == "token" else size.rows
-    for unit in how.units(scored):
-        vision = how.vision(lm, unit, held)
+    for unit, passes in how.rounds(scored):
+        vision = how.vision(lm, unit, held) if unit else None
         begin = perf_counter()
-        ref_logps = _reference_logprobs(reference if grpo.beta > 0 else None, unit, vision, how)
+        ref_logps = _reference_logprobs(reference if grpo.beta > 0 else None, unit, vision, how, passes)
         stats.reference_seconds += perf_counter() - begin
-        policy = UnitPass(lm, unit, vision, how)
+        policy = UnitPass(lm, unit, vision, how, passes)
         for chunk, ref_logp in zip(unit, ref_logps, strict=True):
             _chunk_backward(policy.scores(chunk), grpo, stats, normalizer=normalizer, old=old, ref_logp=ref_logp)
         policy.backward()
@@ -119,24 +119,29 @@ def score_old(lm: VideoLM, scored: Sequence[ScoredGroup], how: How, held: Embedd
     with more than one update.
     """
     out: OldLogprobs = {}
-    for unit in how.units(scored):
-        policy = UnitPass(lm, unit, how.vision(lm, unit, held), how)
+    for unit, passes in how.rounds(scored):
+        policy = UnitPass(lm, unit, how.vision(lm, unit, held) if unit else None, how, passes)
         for chunk in unit:
             found = policy.scores(chunk)
             pieces = found.logp.split(found.offsets.diff().tolist())
             out |= {(id(s.group), i): piece for (s, i), piece in zip(found.rows, pieces, strict=True)}
+        policy.rest()
     return out
 
 
 def _reference_logprobs(
-    reference: VideoLM | None, unit: Unit, vision: VisionEmbeds, how: How
+    reference: VideoLM | None, unit: Unit, vision: VisionEmbeds | None, how: How, passes: int
 ) -> list[torch.Tensor | None]:
     if reference is None:
         return [None] * len(unit)
     with torch.no_grad(), reference.opened() as frozen:
-        seen = how.vision(frozen, unit) if vision.requires_grad else vision  # else it is the same tower
-        passes = UnitPass(frozen, unit, seen, how)
-        return [passes.scores(chunk).logp for chunk in unit]
+        seen = vision
+        if vision is not None and vision.requires_grad:  # else it is the same tower
+            seen = how.vision(frozen, unit)
+        scorer = UnitPass(frozen, unit, seen, how, passes)
+        logps: list[torch.Tensor | None] = [scorer.scores(chunk).logp for chunk in unit]
+        scorer.rest()
+        return logps
 
 
 def _spec(grpo: GrpoConfig, *, has_reference: bool) -> LossSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import from_config
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model, pick_device
 from vrlt_fast.model.lora import AdapterReference, adapter_tensors, add_lora, load_adapters, saved_adapters
+from vrlt_fast.model.sharded import ShardedLM, ShardedPolicy
 from vrlt_fast.model.vision import is_frozen
 from vrlt_fast.parallel.mesh import Mesh, join, leave
 from vrlt_fast.report.console import Console
@@ -28,6 +30,7 @@ from vrlt_fast.train.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
     load_rng_tensors,
+    load_shards,
     load_weights_into,
     optimizer_tensors,
     prune,
@@ -37,6 +40,7 @@ from vrlt_fast.train.checkpoint import (
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.fit import fit_of
 from vrlt_fast.train.guard import Guard
+from vrlt_fast.train.manifest import verify
 from vrlt_fast.train.optim import MasterAdamW, make_optimizer
 from vrlt_fast.train.probe import wanted
 from vrlt_fast.train.process import peak_gb, signals, threads_and_determinism
@@ -64,7 +68,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     config = with_absolute_paths(config)
     threads_and_determinism(config)
-    mesh = join(pick_device(config.model.device), config.parallel.replicas, config.parallel.sp)
+    parallel = config.parallel
+    mesh = join(pick_device(config.model.device), parallel.replicas, parallel.sp, parallel.shard)
     run_dir = _train(config, mesh, console or _console(mesh), resume=resume)
     leave()
     return run_dir
@@ -84,6 +89,8 @@ def _train(config: Config, mesh: Mesh, console: Console, *, resume: bool) -> Pat
     lm = load_model(config.model, inputs.info, config.kernels.layers)
     if config.lora.rank:
         add_lora(lm, config.lora)
+    if mesh.weights is not None:
+        lm = ShardedPolicy(lm, mesh.weights)
     run_dir = Path(config.train.out)
     with ExitStack() as stack:
         if mesh.first:
@@ -141,6 +148,7 @@ class Trainer:
         self._log: RunLog | None = None
         self._resume_from: dict[str, Any] | None = None
         self._tensors: dict[str, torch.Tensor] = {}
+        self._latest: Path | None = None
         self._evaluated: set[str] = set()
         self._stop_signal: str | None = None
 
@@ -176,14 +184,17 @@ class Trainer:
             self._cut_logs(stages[0], 0)
             self.console.message(f"no checkpoint in {self.checkpoints} yet: starting from the first step")
             return
-        loaded = load_checkpoint(latest)
+        whole = not isinstance(self.lm, ShardedPolicy)
+        if not whole:
+            self.mesh.first_alone(partial(verify, latest))
+        loaded = load_checkpoint(latest, verified=not whole, wanted=lambda name: whole or name.startswith("rng/"))
         if loaded.state["data"] != self.inputs.fingerprint:
             raise SetupError(
                 Problem(
                     "VRLT-K03", "the training file isn't the run's", self.config.data.train, "its bytes have changed"
                 )
             )
-        load_weights_into(latest, self.lm.module, verified=True)
+        load_weights_into(latest, self.lm.whole.module, verified=True)
         load_adapters(self.lm.module, loaded.tensors)
         # Also where the checkpoint ends a stage: the next one goes on with the counts and the random state.
         counted, replicas = loaded.state["feed"], self.mesh.replicas
@@ -192,7 +203,7 @@ class Trainer:
         self.feed.load(*gone, *counted[rank : rank + 1])
         self.guard.in_a_row = int(loaded.state.get("bad_steps", 0))
         load_rng_tensors(loaded.tensors)
-        self._resume_from, self._tensors = loaded.state, loaded.tensors
+        self._resume_from, self._tensors, self._latest = loaded.state, loaded.tensors, latest
         self._cut_logs(loaded.state["stage"], loaded.state["step"])
         self.console.message(f"resuming from {latest}")
 
@@ -226,8 +237,11 @@ class Trainer:
         if resumed is not None:
             first = resumed["step"] + 1
             stage.stream.load(resumed["stream"])
-            load_optimizer_tensors(stage.optimizer, stage.optimizer.masters, self._tensors)
-            stage.optimizer.load_copies(self._tensors)
+            states = self._tensors
+            if isinstance(self.lm, ShardedPolicy) and self._latest is not None:
+                states = load_shards(self._latest, stage.optimizer)
+            load_optimizer_tensors(stage.optimizer, stage.optimizer.masters, states)
+            stage.optimizer.load_copies(states)
             load_rng_tensors(self._tensors)
         self._resume_from, self._tensors = None, {}
         with self.console.progress(name, steps, plain=False) as advance:
@@ -249,6 +263,8 @@ class Trainer:
         config = self.config
         seed = config.train.seed * 2 + config.train.stages.index(name)
         more: dict[str, Any] = {"guard": self.guard, "cache": self.embeds, "mesh": self.mesh}
+        if isinstance(self.lm, ShardedPolicy):
+            self.lm.restart()
         if name == "sft":
             optimizer = make_optimizer(self.lm, config.optim, config.sft.lr, seed)
             stream = self.feed.videos(config.sft.batch, seed)
@@ -279,7 +295,7 @@ class Trainer:
             load_weights_into(start, reference.module)
         reference.module.requires_grad_(False)
         reference.module.eval()
-        return reference
+        return reference if self.mesh.weights is None else ShardedLM(reference, self.mesh.weights)
 
     def _after_step(self, stage: Stage, name: str, step: int) -> None:
         every, final = self.config.checkpoint.every, step == self.steps(name)
@@ -305,23 +321,25 @@ class Trainer:
             "data": self.inputs.fingerprint,
             "bad_steps": self.guard.in_a_row,
         }
-        if self.mesh.first:
+        if self.mesh.first or isinstance(self.lm, ShardedPolicy):
             self._write_checkpoint(optimizer, checkpoint_name(name, None if final else step), state)
+        if self.mesh.first:
             prune(self.checkpoints, name, self.config.checkpoint.keep)
         self.mesh.everyone.wait()  # the next stage opens it
 
     def _write_checkpoint(self, optimizer: MasterAdamW, name: str, state: dict[str, Any]) -> None:
         save_checkpoint(
             self.checkpoints / name,
-            model=self.lm.module,
+            model=self.lm.whole.module,
             tokenizer_files=Path(self.inputs.info.path),
             tensors={
-                **optimizer_tensors(optimizer, optimizer.masters),
+                **optimizer_tensors(optimizer, optimizer.masters, optimizer.parameters),
                 **optimizer.copies(),
                 **adapter_tensors(self.lm.module),
                 **rng_tensors(),
             },
             state=state,
+            writers=self.mesh.everyone if isinstance(self.lm, ShardedPolicy) else None,
         )
 
     def _evaluate(self, label: str, stage: str, step: int) -> None:
@@ -337,7 +355,7 @@ class Trainer:
 
             root = data_root(self.config, "eval")
             result = evaluate(
-                self.lm,
+                self.lm.whole,
                 samples,
                 self.clips,
                 self.config,

@@ -18,12 +18,20 @@ pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.usefixtures("one
     ("size", "ways"),
     [
         (2, Ways(sp=2, recompute=True)),
-        (3, Ways(sp=3, micro_tokens=1)),
-        (2, Ways(sp=2, method="ulysses")),
-        (2, Ways(sp=2, shard=2, recompute=True)),
         (2, Ways(shard=2, micro_tokens=30)),
         (3, Ways(sp=3, shard=3, micro_tokens=1, freeze=True)),
         (4, Ways(sp=2, shard=2, method="ulysses")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (3, Ways(sp=3, micro_tokens=1)),
+                (2, Ways(sp=2, method="ulysses")),
+                (2, Ways(sp=2, shard=2, recompute=True)),
+                (3, Ways(shard=3, states="bfloat16")),
+                (4, Ways(sp=2, shard=4, recompute=True)),
+                (4, Ways(shard=2, micro_tokens=30)),
+            ]
+        ),
     ],
     ids=str,
 )

@@ -119,6 +119,24 @@ def test_several_processes_train_as_one_does(start, tmp_path, mesh, later):
     assert_close(weights(both, "grpo"), weights(alone, "grpo"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_one_group_is_rolled_out_by_all(start, tmp_path):
+    """Fewer prompts than processes: the prompt's keys and values are shared, and the run is that of one process."""
+    more = {"rollout": {**RUN["rollout"], "prompts": 1}, "model": {"freeze_vision": True}}
+    one, two = start("one", 1, **more), start("two", 1, sp=3, **more)
+    done(one)
+    done(two)
+    alone, every = tmp_path / "one", tmp_path / "two"
+    assert_close(weights(every, "grpo"), weights(alone, "grpo"))
+    lines = [(r / "completions.jsonl").read_text(encoding="utf-8").splitlines() for r in (alone, every)]
+    told = [[(d["step"], d["id"], d["response"]) for d in map(json.loads, text)] for text in lines]
+    assert told[0] == told[1]
+    for ours, theirs in zip(records(every), records(alone), strict=True):
+        for key in ("responses", "tokens_generated", "prefills", "clips_encoded"):
+            assert ours.get(key) == theirs.get(key), key
+
+
 @pytest.mark.timeout(300)
 def test_a_signal_ends_all_with_one_checkpoint(start, tmp_path):
     process = start("run", 2, sft={"steps": 500, "batch": 2, "lr": 1e-3}, eval={"start": False, "samples": 3})

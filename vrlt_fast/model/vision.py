@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +15,7 @@ from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.sampling import TUBELET
+from vrlt_fast.video.share import Cuts, even_cuts
 
 PIECE = {"cpu": 4096}
 """Patches that go through the tower at a time, by device: what a CPU's caches like."""
@@ -66,14 +68,22 @@ def encode_clips(lm: VideoLM, clips: Sequence[Clip], peers: Peers | None = None)
     Args:
         peers: processes with the same clips, each of which encodes its share of the frame pairs; all get all tokens.
     """
-    pictures: list[Pictures] = [(clip.patches, clip.grid) for clip in clips]
     if peers is None or peers.size == 1:
-        return _encode_all(lm, pictures)
-    parts = [_part(pictures, rank, peers.size) for rank in range(peers.size)]
-    mine = _encode_all(lm, parts[peers.rank]) if parts[peers.rank] else _nothing(lm)
-    square = lm.info.geometry.merge**2
-    counts = [sum(t * h * w // square for _, (t, h, w) in part) for part in parts]
-    embeds, *deepstack = (peers.gather(tensor, counts, "visual tokens") for tensor in mine.tensors)
+        if any(clip.cuts for clip in clips):
+            raise ValueError("a clip that processes share, encoded by one of them")
+        return _encode_all(lm, [(clip.patches, clip.grid) for clip in clips])
+    cuts = [_cuts(clip, place, peers.size) for place, clip in enumerate(clips)]
+    own = [_own(clip, each, peers.rank) for clip, each in zip(clips, cuts, strict=True)]
+    own = [picture for picture in own if picture[1][0]]
+    mine = _encode_all(lm, own) if own else _nothing(lm)
+    # tokens of each clip by process
+    tokens = [
+        [(b - a) * clip.n_tokens // clip.grid[0] for a, b in pairwise(c)] for clip, c in zip(clips, cuts, strict=True)
+    ]
+    counts = [sum(of) for of in zip(*tokens, strict=True)]
+    order = _by_clip(tokens).to(lm.device)
+    made = (peers.gather(tensor, counts, "visual tokens").index_select(0, order) for tensor in mine.tensors)
+    embeds, *deepstack = made
     return VisionEmbeds(embeds, tuple(deepstack))
 
 
@@ -82,17 +92,30 @@ def _encode_all(lm: VideoLM, pictures: Sequence[Pictures]) -> VisionEmbeds:
         return concat([_encode(lm, piece) for piece in _pieces(pictures, PIECE.get(lm.device.type, 65536))])
 
 
-def _part(pictures: Sequence[Pictures], rank: int, size: int) -> list[Pictures]:
-    """An even share of the frame pairs, consecutive."""
-    total = sum(t for _, (t, _, _) in pictures)
-    low, high = total * rank // size, total * (rank + 1) // size
-    part, at = [], 0
-    for patches, (t, h, w) in pictures:
-        first, end = max(low - at, 0), min(high - at, t)
-        if first < end:
-            part.append((patches[first * h * w : end * h * w], (end - first, h, w)))
-        at += t
-    return part
+def _cuts(clip: Clip, place: int, size: int) -> Cuts:
+    """Of a clip that all have whole, an even share each; images take turns by their place in the batch."""
+    if clip.cuts:
+        return clip.cuts
+    pairs = clip.grid[0]
+    return even_cuts(pairs, size) if pairs > 1 else (0,) * (place % size + 1) + (1,) * (size - place % size)
+
+
+def _own(clip: Clip, cuts: Cuts, rank: int) -> Pictures:
+    """This process's frame pairs."""
+    (_, h, w), (low, high) = clip.grid, cuts[rank : rank + 2]
+    patches = clip.patches if clip.cuts else clip.patches[low * h * w : high * h * w]
+    return patches, (high - low, h, w)
+
+
+def _by_clip(tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    """int64: from tokens sorted by process to tokens sorted by clip; ``tokens[clip][process]`` of each."""
+    starts = torch.tensor(tokens).T.flatten().cumsum(0).view(-1, len(tokens)).T - torch.tensor(tokens)
+    pieces = [
+        torch.arange(start, start + n)
+        for begin, each in zip(starts.tolist(), tokens, strict=True)
+        for start, n in zip(begin, each, strict=True)
+    ]
+    return torch.cat(pieces)
 
 
 def _nothing(lm: VideoLM) -> VisionEmbeds:
@@ -181,8 +204,21 @@ class StepVision:
             torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
 
 
-Embeddings = EmbeddingCache | StepVision
-"""Where embeddings come from beside the tower: kept ones of a frozen tower, or those of the step of a trained one."""
+@dataclass(frozen=True)
+class Encoded:
+    """Embeddings of all clips that will be asked for, by key."""
+
+    found: Mapping[str, VisionEmbeds]
+
+    def take(self, clips: Iterable[Clip]) -> tuple[dict[str, VisionEmbeds], list[Clip]]:
+        """As :meth:`StepVision.take`."""
+        return {clip.key: self.found[clip.key] for clip in clips}, []
+
+
+Embeddings = EmbeddingCache | StepVision | Encoded
+"""Where embeddings come from beside the tower: kept ones of a frozen tower, those of the step of a trained one, or
+given ones.
+"""
 
 
 def encode_media(
@@ -196,7 +232,7 @@ def encode_media(
     Args:
         peers: processes that call it together with the same clips, and share their frames.
     """
-    if isinstance(held, StepVision):
+    if isinstance(held, StepVision | Encoded):
         return held.take(clips)
     by_key = {clip.key: clip for clip in clips}
     if held is None:

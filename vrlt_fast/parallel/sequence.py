@@ -111,6 +111,14 @@ class Peers:
             dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self._group)
         return out
 
+    def of_first(self, x: torch.Tensor) -> torch.Tensor:
+        """The first process's x; all have one of this shape and dtype."""
+        out = x.contiguous().clone()
+        if self.size > 1:
+            with waiting():
+                dist.broadcast(out, group=self._group, group_src=0)
+        return out
+
     def share(self, items: Sequence[T]) -> list[T]:
         """Every ``size``-th of the items, from ``rank`` on."""
         return self._members.share(items)

@@ -18,10 +18,10 @@ from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.language import Inputs, join, make_inputs, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import Embeddings, StepVision, VisionEmbeds, encode_media, in_order
+from vrlt_fast.model.vision import Embeddings, Encoded, StepVision, VisionEmbeds, encode_media, in_order
 from vrlt_fast.rollout.decode import Decoder
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
-from vrlt_fast.rollout.kv import KvShape, KvStore, budget_bytes, plan_kv
+from vrlt_fast.rollout.kv import KvPlan, KvShape, KvStore, budget_bytes, plan_kv
 from vrlt_fast.rollout.passes import PrefillPass
 from vrlt_fast.rollout.rows import Collector, Ending, Resident, Row, by_prompt, row_seeds
 from vrlt_fast.rollout.sampler import Sampling, draw, row_uniforms
@@ -32,6 +32,7 @@ class GroupEngine:
     """Rollouts on the weights of ``lm``, which may change between calls. ``cache``: of a frozen tower's embeddings."""
 
     decoder_type = Decoder
+    call_type: type[Call]
 
     def __init__(self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None):
         self.lm, self.config, self.cache = lm, config or RolloutConfig(), cache
@@ -43,13 +44,13 @@ class GroupEngine:
         self,
         requests: Sequence[RolloutRequest],
         on_group: Callable[[Group], None] | None = None,
-        vision: StepVision | None = None,
+        vision: StepVision | Encoded | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """Sample all requests; requests with the same prompt object share its prefill.
 
         Args:
             on_group: called with each group as soon as its last row has ended.
-            vision: of a trained tower, whose embeddings the update goes on with.
+            vision: of a trained tower, whose embeddings the update goes on with, or embeddings of all clips.
 
         Raises:
             ConfigError: C04 no request or n < 1, or a KV budget (``rollout.kv_gb``) too small for one row.
@@ -61,7 +62,7 @@ class GroupEngine:
         self.lm.module.eval()
         try:
             held = vision or self.cache
-            return _Call(self.lm, self.config, held, self._room(requests), requests, on_group).run()
+            return self.call_type(self.lm, self.config, held, self._room(requests), requests, on_group).run()
         finally:
             self.lm.module.train(training)
 
@@ -96,27 +97,35 @@ class GroupEngine:
         work = by_prompt(requests)
         if self._budget is None:  # what is free is looked at once: later the buffers themselves are in use
             self._budget = budget_bytes(self.config.kv_gb, shape.device)
-        plan = plan_kv(
-            shape,
-            [len(r.prompt) for r in work],
-            [len(r.waiting) for r in work],
-            max(r.sampling.max_new_tokens for r in requests),
-            budget=self._budget,
-            max_rows=self.config.max_rows,
-        )
+        plan = self._plan(shape, work, max(r.sampling.max_new_tokens for r in requests), self._budget)
         kept = self._decoder.store if self._decoder is not None else None
         if self._decoder is None or kept is None or kept.shape != shape or not kept.plan.holds(plan):
             if kept is not None and kept.shape == shape:  # so that two kinds of steps don't take turns to make it anew
                 both = plan.joined(kept.plan)
                 plan = both if both.nbytes(shape) <= self._budget else plan
             self._decoder = kept = None  # the old buffers go before the new ones come
-            self._decoder = self.decoder_type(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
+            self._decoder = self._decoder_of(shape, plan)
         self._decoder.begin()
         return self._decoder
 
+    def fits(self, requests: Sequence[RolloutRequest]) -> bool:
+        """Whether ``rollout.kv_gb`` has room for one row of each."""
+        try:
+            self._room(requests)
+        except ConfigError:
+            return False
+        return True
+
+    def _plan(self, shape: KvShape, work: Sequence[Resident], length: int, budget: int) -> KvPlan:
+        prefixes, rows = [len(r.prompt) for r in work], [len(r.waiting) for r in work]
+        return plan_kv(shape, prefixes, rows, length, budget=budget, max_rows=self.config.max_rows)
+
+    def _decoder_of(self, shape: KvShape, plan: KvPlan) -> Decoder:
+        return self.decoder_type(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
+
 
 @dataclass
-class _Call:
+class Call:
     """One call of generate."""
 
     lm: VideoLM
@@ -192,6 +201,14 @@ class _Call:
 
     def _prefill(self, fresh: Sequence[Resident]) -> None:
         begin = perf_counter()
+        self._prefill_all(fresh)
+        self.stats.prefills += len(fresh)
+        self.stats.prefix_tokens_prefilled += sum(len(r.prompt) for r in fresh)
+        wanted = {clip.key for r in self.pending for clip in r.prompt.media}
+        self._vision = {key: value for key, value in self._vision.items() if key in wanted}
+        self._spend("prefill", begin)
+
+    def _prefill_all(self, fresh: Sequence[Resident]) -> None:
         pack: list[Resident] = []
         for resident in fresh:
             if pack and sum(len(r.prompt) for r in pack) + len(resident.prompt) > self.config.prefill_chunk:
@@ -203,11 +220,6 @@ class _Call:
                 pack.append(resident)
         if pack:
             self._prefill_pack(pack)
-        self.stats.prefills += len(fresh)
-        self.stats.prefix_tokens_prefilled += sum(len(r.prompt) for r in fresh)
-        wanted = {clip.key for r in self.pending for clip in r.prompt.media}
-        self._vision = {key: value for key, value in self._vision.items() if key in wanted}
-        self._spend("prefill", begin)
 
     def _inputs(self, prompt: Prompt) -> Inputs:
         ids, positions, visual = (x.to(self.lm.device) for x in (prompt.ids, prompt.positions, prompt.visual))
@@ -267,6 +279,7 @@ class _Call:
                 tokens, logprobs = drawn.cpu(), sums.cpu()
             else:
                 tokens[mine], logprobs[mine] = drawn.cpu(), sums.cpu()
+        tokens, logprobs = self._agreed(tokens, logprobs)
         still = []
         for pair, token, logprob in zip(self.live, tokens.tolist(), logprobs.tolist(), strict=True):
             if not math.isfinite(logprob):
@@ -277,6 +290,10 @@ class _Call:
                 still.append(pair)
         self.stats.tokens_generated += len(self.live)
         self.live = still
+
+    def _agreed(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What counts of what was drawn."""
+        return tokens, logprobs
 
     def _kinds(self) -> list[tuple[Sampling, torch.Tensor | None]]:
         """The live rows by how they are drawn: their numbers, None for all of them."""
@@ -306,6 +323,9 @@ class _Call:
         group = self.collector.add(row, self.ending.completion(row))
         if group is not None and self.on_group:
             self.on_group(group)
+
+
+GroupEngine.call_type = Call
 
 
 def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:

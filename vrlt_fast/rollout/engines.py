@@ -8,7 +8,7 @@ from typing import Protocol
 from vrlt_fast.config import Config
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.vision import StepVision
+from vrlt_fast.model.vision import Encoded, StepVision
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.vllm import VllmEngine
@@ -25,7 +25,7 @@ class RolloutEngine(Protocol):
         self,
         requests: Sequence[RolloutRequest],
         on_group: Callable[[Group], None] | None = None,
-        vision: StepVision | None = None,
+        vision: StepVision | Encoded | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """All requests; ``on_group`` is called with each complete group; ``vision`` as in :class:`GroupEngine`."""
         ...

@@ -80,14 +80,19 @@ def with_rewards(
     ]
 
 
-def exchanged(own: Sequence[ScoredGroup], requests: Sequence[RolloutRequest], peers: Peers) -> list[ScoredGroup]:
-    """All processes' groups in the order of the requests, of which each process has rolled out its share."""
+def exchanged(own: Mapping[int, ScoredGroup], requests: Sequence[RolloutRequest], peers: Peers) -> list[ScoredGroup]:
+    """All processes' groups in the order of the requests; ``own``: those that this process has scored, by place. Each
+    is some process's.
+    """
     if peers.size == 1:
-        return list(own)
-    found = peers.objects([(s.group.completions, s.parts, s.rewards, s.advantages, s.trained) for s in own])
+        return [own[place] for place in range(len(requests))]
+    told = peers.objects(
+        {place: (s.group.completions, s.parts, s.rewards, s.advantages, s.trained) for place, s in own.items()}
+    )
+    found = {place: scored for part in told for place, scored in part.items()}
     out = []
-    for i, request in enumerate(requests):
-        completions, parts, rewards, advantages, trained = found[i % peers.size][i // peers.size]
+    for place, request in enumerate(requests):
+        completions, parts, rewards, advantages, trained = found[place]
         out.append(ScoredGroup(Group(request, completions), parts, rewards, advantages, trained))
     return out
 

@@ -14,11 +14,13 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
-from vrlt_fast.model.vision import StepVision, encode_media, is_frozen
+from vrlt_fast.model.vision import Encoded, StepVision, encode_media, is_frozen
 from vrlt_fast.parallel.mesh import Mesh
 from vrlt_fast.rewards.dual import dual_reward, unshaped
+from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.engines import open_engine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
+from vrlt_fast.rollout.joint import JointEngine
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard, describe_prompts
@@ -140,6 +142,7 @@ class GrpoStage:
         self._guard, self._micro_tokens, self._out_of_memory = guard, config.train.micro_tokens, 0
         self._say, self._unverified = say, config.train.verify_shared_prefix == "first_step"
         self._engine = open_engine(config, lm.whole, cache)
+        self._joint = JointEngine(lm.whole, config.rollout, peers=self._mesh.peers)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -189,6 +192,7 @@ class GrpoStage:
     ) -> tuple[list[ScoredGroup], RolloutStats]:
         """The groups of these prompts, and with ``grpo.refill`` of the prompts after them, until enough have signal."""
         self._engine.sync(self.lm.whole)
+        self._joint.sync(self.lm.whole)
         seen, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
         for _ in range(self.config.grpo.refill):
             if not self._mesh.everyone.any(sum(s.has_signal for s in seen) < self._wanted):
@@ -216,15 +220,16 @@ class GrpoStage:
         self, requests: Sequence[RolloutRequest], step: int, clock: Clock, vision: StepVision | None
     ) -> tuple[list[ScoredGroup], RolloutStats]:
         """Scored groups in the order of the requests; each is scored and written down as soon as it is complete. Of
-        peers, each rolls out its share of the groups.
+        peers, each rolls out its share of the groups, or all of them every group.
         """
         scored: dict[int, ScoredGroup] = {}
+        places = {id(request): place for place, request in enumerate(requests)}
 
         def finish(group: Group) -> None:
             with clock.phase("reward"):
                 (one,) = score_groups([group], self._reward, unshaped, self._weights, self.config.grpo)
                 one = self._shuffled(one, step) if self.config.reward.shuffle else one
-                scored[id(group.request)] = one
+                scored[places[id(group.request)]] = one
                 lines = completion_records([one], step)
                 if self._mesh.first:
                     self._keep(lines)
@@ -234,15 +239,23 @@ class GrpoStage:
         if not requests:
             return [], RolloutStats()
         peers, rolled = self._mesh.peers, RolloutStats()
-        if peers.size > 1 and (vision or self._cache):  # all of them take the tower's part together
-            begin, clips = perf_counter(), [c for r in requests for c in r.prompt.media]
-            _, encoded = encode_media(self.lm, clips, vision or self._cache, peers)
-            rolled.spend("encode", begin)
-            rolled.count(peers.share(encoded))
+        if peers.size == 1:
+            rolled.add(self._engine.generate(requests, finish, vision)[1])
+            return exchanged(scored, requests, peers), rolled
+        begin, clips = perf_counter(), [c for r in requests for c in r.prompt.media]
+        found, encoded = encode_media(self.lm, clips, vision or self._cache, peers)
+        held = Encoded(found)
+        rolled.spend("encode", begin)
+        rolled.count(peers.share(encoded))
         own = peers.share(requests)
-        if own:
-            rolled.add(self._engine.generate(own, finish, vision)[1])
-        return exchanged([scored[id(request)] for request in own], requests, peers), rolled
+        alone = isinstance(self._engine, GroupEngine) and (not own or self._engine.fits(own))
+        if len(requests) >= peers.size and peers.agree(alone):
+            rolled.add(self._engine.generate(own, finish, held)[1])
+        else:
+            first = peers.rank == 0  # of what all do one counts
+            stats = self._joint.generate(requests, finish if first else None, held)[1]
+            rolled.add(stats if first else RolloutStats())
+        return exchanged(scored, requests, peers), rolled
 
     def _hand_over(self) -> None:
         """Other processes' completions to the first one."""
@@ -252,8 +265,9 @@ class GrpoStage:
         self._later = []
 
     def close(self) -> None:
-        """Close the rollout engine."""
+        """Close the rollout engines."""
         self._engine.close()
+        self._joint.close()
 
     def _requests(self, prompts: Sequence[Prompt], step: int, first: int = 0) -> list[RolloutRequest]:
         rollout = self.config.rollout

@@ -135,7 +135,9 @@ class Trainer:
     ):
         self.mesh = mesh or Mesh()
         self.config, self.inputs, self.lm, self.run_dir, self.console = config, inputs, lm, run_dir, console
-        self.clips = ClipSource(config.video, inputs.info.geometry, folder=run_dir, device=lm.device, warn=console.warn)
+        part = (self.mesh.peers.rank, self.mesh.peers.size)
+        where: dict[str, Any] = {"folder": run_dir, "device": lm.device, "part": part}
+        self.clips = ClipSource(config.video, inputs.info.geometry, warn=console.warn, **where)
         root = data_root(config, "train")
         members: dict[str, Any] = {"replicas": self.mesh.replicas, "peers": self.mesh.peers}
         self.feed = Feed(inputs.info, inputs.train, self.clips, config, root=root, warn=console.warn, **members)
@@ -357,7 +359,7 @@ class Trainer:
             result = evaluate(
                 self.lm.whole,
                 samples,
-                self.clips,
+                self.clips.whole,
                 self.config,
                 root=root,
                 progress=tick,

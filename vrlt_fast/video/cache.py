@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from vrlt_fast.config import VideoConfig
 from vrlt_fast.video.decode import Decoder, decode_frames
 from vrlt_fast.video.index import VideoIndex, video_error
 from vrlt_fast.video.index_cache import IndexCache
 from vrlt_fast.video.preprocess import Clip, Geometry, SizeRule, patchify, resize
 from vrlt_fast.video.sampling import TUBELET, SampleSettings, choose, settings_of
+from vrlt_fast.video.share import Cuts, decoding_cuts
 from vrlt_fast.video.store.entry import Run
 from vrlt_fast.video.store.eviction import hint
 from vrlt_fast.video.store.frame_cache import CacheSettings, Decoded, FrameCache, run_of
@@ -39,7 +42,9 @@ class _Changed(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What a clip will be, known without decoding: its run and times. ``content``: digest of the file's bytes."""
+    """What a clip will be, known without decoding: its run and times. ``content``: digest of the file's bytes. Of one
+    that processes share, ``run`` and ``frames`` are this process's, ``name`` and ``pairs`` the whole clip's.
+    """
 
     path: Path
     content: str
@@ -48,6 +53,9 @@ class Request:
     size: tuple[int, int]
     times: tuple[float, ...]
     seconds_per_grid: float
+    name: str
+    pairs: int
+    cuts: Cuts
 
 
 def decode_plainly(index: VideoIndex, frames: Sequence[int], size: tuple[int, int], geometry: Geometry) -> Decoded:
@@ -99,6 +107,7 @@ class ClipLoader:
         decode, pixels: how a clip's missing tubelets are decoded; see :func:`decoding`.
         settings, rule: how frames are chosen and resized; None: as ``video`` says.
         index: indexes and hashes files; None: without a folder.
+        part: rank and number of processes that share each clip.
     """
 
     def __init__(
@@ -112,7 +121,9 @@ class ClipLoader:
         settings: SampleSettings | None = None,
         rule: SizeRule | None = None,
         index: IndexCache | None = None,
+        part: tuple[int, int] = (0, 1),
     ):
+        self._part = part
         self.video, self.geometry = video, geometry
         self.decoded = self.hits = 0
         self.cache = cache or FrameCache(CacheSettings(host_bytes=int(video.cache_gb * 1e9)))
@@ -146,23 +157,30 @@ class ClipLoader:
         raise video_error("VRLT-V02", path, "the file changes while it is read", fix="wait until it is written")
 
     def _load(self, request: Request) -> Clip:
-        run = request.run
-        clip = self._clips.get(run.name)
+        run, own = request.run, f"{request.name} {request.cuts}"
+        clip = self._clips.get(own)
         if clip is not None:
             self.cache.horizon.used(hint(request.path), run.nbytes)
             with self._lock:
                 self.hits += 1
             return clip
+        if not run.ticks:
+            nothing = torch.empty(run.shape, dtype=torch.uint8)
+            return self._clip(request, nothing, request.name)
         fetched = self.cache.fetch(run, hint(request.path), lambda slots: self._decode_slots(request, slots))
         with self._lock:
             self.decoded += fetched.fresh > 0
             self.hits += fetched.fresh == 0
-        grid = (len(run.ticks), run.height, run.width)
-        key = run.name if fetched.exact else run.name + INEXACT  # equal keys, equal patches
-        clip = Clip(fetched.patches, grid, request.times, request.seconds_per_grid, key, self.geometry)
+        # equal keys, equal patches
+        clip = self._clip(request, fetched.patches, request.name if fetched.exact else request.name + INEXACT)
         if fetched.exact:
-            self._clips[run.name] = clip
+            self._clips[own] = clip
         return clip
+
+    def _clip(self, request: Request, patches: torch.Tensor, key: str) -> Clip:
+        grid = (request.pairs, request.run.height, request.run.width)
+        times, each = request.times, request.seconds_per_grid
+        return Clip(patches, grid, times, each, key, self.geometry, cuts=request.cuts)
 
     def _decode_slots(self, request: Request, slots: Sequence[int]) -> Decoded:
         index = self._index.probe(request.path)
@@ -209,7 +227,12 @@ class ClipLoader:
             fix = "crop the video, or remove its lines"
             raise video_error("VRLT-V06", path, "frames can't be resized", str(error), fix) from None
         run = run_of(content, index, choice.frames, size, self.geometry, pixels=self._pixels(index))
-        return Request(path, content, run, choice.frames, size, choice.times, choice.seconds_per_grid)
+        (rank, processes), frames, name, pairs = self._part, choice.frames, run.name, len(run.ticks)
+        cuts = decoding_cuts(index, frames, processes) if processes > 1 else ()
+        if cuts:
+            low, high = cuts[rank : rank + 2]
+            run, frames = run.part(range(low, high)), frames[TUBELET * low : TUBELET * high]
+        return Request(path, content, run, frames, size, choice.times, choice.seconds_per_grid, name, pairs, cuts)
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:

@@ -184,6 +184,7 @@ class Decoder:
         out, stats = found or self._decode(name, backend, plan, frames, (size, geometry))
         self.counts.update(reasons)
         self.counts[f"decoded by {name}"] += 1
+        self.counts["frames decoded"] += stats.decoded
         self.counts["frames substituted"] += len(stats.substituted)
         report = Report(name, stats.decoded, stats.dropped, stats.substituted, stats.seconds or {}, tuple(reasons))
         return out, grid, report

@@ -33,7 +33,8 @@ class Clip:
     ``patches`` uint8 [t * h * w, 3 * 2 * patch * patch], ``grid`` (t, h, w) in patches, ``times`` the presentation
     time in seconds of each of the 2 t frames, ``seconds_per_grid`` the seconds between temporal grids as positions
     count them, ``key`` names content and preprocessing (equal keys, equal patches). An image has grid (1, h, w), its
-    picture for both frames, and no times that mean anything.
+    picture for both frames, and no times that mean anything. A clip that processes share has ``cuts``, the first frame
+    pair of each and the end; its ``patches`` are those of this process's pairs alone.
     """
 
     patches: torch.Tensor
@@ -43,6 +44,7 @@ class Clip:
     key: str
     geometry: Geometry
     kind: Literal["video", "image"] = "video"
+    cuts: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

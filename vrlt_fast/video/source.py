@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -40,6 +40,7 @@ class ClipSource:
             process's memory.
         device: of the GPU cache.
         warn: called with one line where a cache can't be used.
+        part: rank and number of processes that share each clip; :attr:`whole` loads clips that they don't.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ClipSource:
         folder: Path | None = None,
         device: torch.device | None = None,
         warn: Callable[[str], None] | None = None,
+        part: tuple[int, int] = (0, 1),
     ):
         keep = Path(video.cache_dir) if video.cache_dir else None
         listed = keep or folder
@@ -70,15 +72,11 @@ class ClipSource:
         )
         self.cache = FrameCache(settings, warn=warn) if warn else FrameCache(settings)
         decode, pixels = decoding(self.decoder)
-        self.loader = ClipLoader(
-            video,
-            geometry,
-            cache=self.cache,
-            decode=decode,
-            pixels=pixels,
-            index=IndexCache(keep / "indices" if keep else None),
-        )
+        index = IndexCache(keep / "indices" if keep else None)
+        how: dict[str, Any] = {"cache": self.cache, "decode": decode, "pixels": pixels, "index": index}
+        self.loader = ClipLoader(video, geometry, part=part, **how)
         self._ahead = Prefetcher(self.loader, threads=video.prefetch)
+        self.whole: Clips = self if part[1] == 1 else ClipLoader(video, geometry, **how)
         self._uses: Iterator[Path] = iter(())
         self._window: deque[Path] = deque()
         self._used = 0

@@ -307,12 +307,18 @@ _COMMANDS: dict[str, Callable[[Command], int]] = {
 
 
 def _print_problems(problems: Sequence[Problem]) -> None:
-    for problem in problems[:_SHOWN]:
-        sys.stderr.write(f"{_red('error', sys.stderr)} {problem}\n")
+    said = "".join(f"{_red('error', sys.stderr)} {problem}\n" for problem in problems[:_SHOWN])
     if len(problems) > _SHOWN:
-        sys.stderr.write(
-            f"and {len(problems) - _SHOWN} more; vrlt data check FILE prints all problems of a data file\n"
-        )
+        said += f"and {len(problems) - _SHOWN} more; vrlt data check FILE prints all problems of a data file\n"
+    _say_last(said)
+
+
+def _say_last(text: str) -> None:
+    """What the command ends with: for the reader, and for the launcher of several processes."""
+    from vrlt_fast.parallel.launch import tell
+
+    sys.stderr.write(text)
+    tell(text)
 
 
 def _red(text: str, stream: TextIO) -> str:
@@ -330,5 +336,5 @@ def _unexpected(error: Exception, debug: bool) -> int:
             details = f"    why: a bug in vrlt_fast; the traceback is in {log.name} (--debug prints it)\n"
         except OSError:
             pass  # no place for a log: the traceback itself
-    sys.stderr.write(head + details)
+    _say_last(head + details)
     return 1

@@ -155,7 +155,9 @@ def test_a_signal_ends_all_with_one_checkpoint(start, tmp_path):
 def test_the_exit_code_is_that_of_what_went_wrong(start, tmp_path):
     (tmp_path / "run").mkdir()
     _, told = done(start("run", 2), 4)
-    assert "VRLT-R01" in told
+    head, _, last = told.rpartition("failed first, with exit code 4:\n")
+    assert "process 0 of 2" in head
+    assert "VRLT-R01" in last
 
 
 def test_processes_without_work_are_refused(make_config):
@@ -173,13 +175,35 @@ def test_what_does_not_share_sequences_is_refused(make_config, section, key, val
     assert caught.value.problems[0].where == f"{section}.{key}"
 
 
-def test_what_the_launcher_kills_is_no_cause(monkeypatch):
+@pytest.mark.timeout(300)
+def test_a_process_that_is_killed_ends_all_under_its_name(start, tmp_path):
+    """And the run goes on from its checkpoint, with fewer."""
+    changes = {"sft": {"steps": 12, "batch": 2, "lr": 1e-3}, "eval": {"start": False, "samples": 3}}
+    changes |= {"checkpoint": {"every": 1}, "train": {"stages": ["sft"]}}
+    process = start("run", 2, shard=2, **changes)
+    run, limit = tmp_path / "run" / "checkpoints", time.monotonic() + 120
+    while not list(run.glob("sft-0*/COMMIT.json")) and time.monotonic() < limit and process.poll() is None:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    begin = time.monotonic()
+    _, told = process.communicate(timeout=100)
+    assert time.monotonic() - begin < 5 * 15
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 failed first, with signal 9 (SIGKILL):\nit left no message\n" in told[-200:]
+    assert "VRLT-S04" in told
+    done(start("run", 1, "--resume", **changes))
+    assert [r["step"] for r in records(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 13))
+
+
+def test_what_the_launcher_kills_is_no_cause(monkeypatch, tmp_path):
     """One has stopped in order, the other doesn't end by itself."""
     monkeypatch.setattr(launch, "GRACE", 0.0)
     stopped = subprocess.Popen([sys.executable, "-c", "raise SystemExit(75)"])
     stopped.wait()
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert launch._end([stopped, other], 75) == 75
+    assert launch._end([stopped, other], [75, None], tmp_path) == 75
     assert other.returncode == -signal.SIGKILL
 
 

@@ -11,12 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from vrlt_fast.config import ParallelConfig
 from vrlt_fast.errors import ConfigError, Problem, SetupError
-from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.parallel.replicas import Replicas, waiting
 from vrlt_fast.parallel.sequence import Peers
-
-WAIT = timedelta(minutes=30)
-"""Longest wait for another process: rank 0 may be writing a checkpoint or decoding a long video."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class Mesh:
         return self.everyone.first
 
 
-def join(device: torch.device | str = "cpu", replicas: int = 1, sp: int = 1, shard: int = 1) -> Mesh:
+def join(device: torch.device | str, parallel: ParallelConfig) -> Mesh:
     """The processes that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or this one.
 
     Raises:
-        ConfigError: C04 they aren't ``replicas`` x ``sp``, or can't be groups of ``shard``.
+        ConfigError: C04 they aren't ``parallel.replicas`` x ``parallel.sp``, or can't be groups of ``parallel.shard``.
         SetupError: E02 this machine has fewer GPUs than processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, replicas, sp, shard = int(os.environ.get("WORLD_SIZE", "1")), parallel.replicas, parallel.sp, parallel.shard
     if world != replicas * sp:
         what = f"parallel.replicas = {replicas} and parallel.sp = {sp}, but there are {world} processes"
         fix = "set parallel.replicas to the number of processes over parallel.sp, or start as many as configured"
@@ -74,7 +72,9 @@ def join(device: torch.device | str = "cpu", replicas: int = 1, sp: int = 1, sha
                 Problem("VRLT-E02", what, "parallel.replicas", fix="lower parallel.replicas or parallel.sp")
             )
         torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=world, timeout=WAIT)
+    backend, limit = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(minutes=parallel.wait)
+    with waiting("the start of all processes"):
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=limit)
     return mesh_of(Replicas(rank, world), "cuda" if on_gpu else "cpu", sp, shard)
 
 

@@ -48,7 +48,7 @@ class Replicas:
         if self.world == 1:
             return list(values)
         together = torch.tensor(list(values), dtype=torch.float64)
-        with waiting():
+        with waiting("the sums of a step"):
             dist.all_reduce(together, group=self._group)
         return together.tolist()
 
@@ -61,7 +61,7 @@ class Replicas:
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        with waiting():
+        with waiting("what each process has"):
             dist.all_gather_object(found, value, group=self._group)
         return found
 
@@ -81,24 +81,41 @@ class Replicas:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for bucket in _buckets(summed):
             flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
-            with waiting():
+            with waiting("the gradients of a step"):
                 dist.all_reduce(flat, group=self._group)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = part.view_as(p)
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """For a call that other processes make too. Raises Stopped S04 where one has ended, or doesn't come."""
+def waiting(what: str) -> Iterator[None]:
+    """For a call that other processes make too, which ``what`` names.
+
+    Raises:
+        Stopped: S04 one has ended, or doesn't come within ``parallel.wait``.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        why = str(error).splitlines()[0][:200]
-        fix = "mend what ended the other one, then go on with the same command and --resume"
-        what = "another process of this run has ended"
-        raise Stopped(Problem("VRLT-S04", what, "parallel.replicas", why, fix)) from error
+        raise lost(error, what) from error
+
+
+def lost(error: BaseException, what: str) -> Stopped:
+    """What a process says that waited for others in vain."""
+    why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    fix = "mend what ended the other one, then go on with the same command and --resume"
+    told = f"another process of this run has ended, or didn't come to: {what}"
+    return Stopped(Problem("VRLT-S04", told, "parallel.replicas", why, fix))
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a call failed because of another process, as far as it says so."""
+    said = ("gloo", "Gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:

@@ -74,7 +74,7 @@ class Peers:
             return x
         padded = x.contiguous() if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
         out = x.new_empty(self.size * most, *x.shape[1:])
-        with waiting():
+        with waiting(why):
             _all_gather(out, padded, group=self._group)
         if min(counts) == most:
             return out
@@ -90,7 +90,7 @@ class Peers:
             parts = (torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in x.split(list(counts)))
             x = torch.cat(list(parts))
         out = x.new_empty(most, *x.shape[1:])
-        with waiting():
+        with waiting(why):
             _reduce_scatter(out, x.contiguous(), group=self._group)
         return out[: counts[self.rank]]
 
@@ -98,7 +98,7 @@ class Peers:
         """:meth:`sum` without gradients, in a tensor of its own."""
         self.received[why] += 2 * (self.size - 1) * x.nbytes // self.size
         out = x.contiguous().clone()
-        with waiting():
+        with waiting(why):
             dist.all_reduce(out, group=self._group)
         return out
 
@@ -107,7 +107,7 @@ class Peers:
         entry = x.shape[1:].numel() * x.element_size()
         self.received[why] += (sum(receive) - receive[self.rank]) * entry
         out = x.new_empty(sum(receive), *x.shape[1:])
-        with waiting():
+        with waiting(why):
             dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self._group)
         return out
 
@@ -115,7 +115,7 @@ class Peers:
         """The first process's x; all have one of this shape and dtype."""
         out = x.contiguous().clone()
         if self.size > 1:
-            with waiting():
+            with waiting("the first process's draws"):
                 dist.broadcast(out, group=self._group, group_src=0)
         return out
 

@@ -130,7 +130,7 @@ class Arena:
                 own = local(sharded)
                 room[: own.numel()].copy_(own.flatten())
             gathered = flat.new_empty(size * len(flat))
-            with waiting():
+            with waiting("whole weights"):
                 _all_gather(gathered, flat, group=mesh.get_group(dim))
             for (sharded, whole), rows in zip(bucket, gathered.view(size, -1).split(counts, dim=1), strict=True):
                 rest = sharded.shape[1:]

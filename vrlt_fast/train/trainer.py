@@ -21,6 +21,7 @@ from vrlt_fast.model.lora import AdapterReference, adapter_tensors, add_lora, lo
 from vrlt_fast.model.sharded import ShardedLM, ShardedPolicy
 from vrlt_fast.model.vision import is_frozen
 from vrlt_fast.parallel.mesh import Mesh, join, leave
+from vrlt_fast.parallel.replicas import is_loss, lost
 from vrlt_fast.report.console import Console
 from vrlt_fast.report.html import write_report
 from vrlt_fast.report.metrics import RunLog, read_jsonl_tolerant, truncate_after
@@ -68,9 +69,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     config = with_absolute_paths(config)
     threads_and_determinism(config)
-    parallel = config.parallel
-    mesh = join(pick_device(config.model.device), parallel.replicas, parallel.sp, parallel.shard)
-    run_dir = _train(config, mesh, console or _console(mesh), resume=resume)
+    mesh = join(pick_device(config.model.device), config.parallel)
+    try:
+        run_dir = _train(config, mesh, console or _console(mesh), resume=resume)
+    except RuntimeError as error:
+        if mesh.everyone.world > 1 and is_loss(error):
+            raise lost(error, "weights or their gradients") from error
+        raise
     leave()
     return run_dir
 

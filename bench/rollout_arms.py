@@ -97,19 +97,19 @@ def _shaped(lm: VideoLM, size: str, device: torch.device, context: int) -> Video
 
 def make_prompt(lm: VideoLM, tokens: int, seed: int) -> Prompt:
     """A prompt of about so many tokens: frame pairs of random pictures between their timestamps, and a question."""
+    one, two = len(pairs_prompt(lm, 1, seed)), len(pairs_prompt(lm, 2, seed))
+    return pairs_prompt(lm, max(1, round((tokens - one) / (two - one)) + 1), seed)
+
+
+def pairs_prompt(lm: VideoLM, pairs: int, seed: int, grid: tuple[int, int] = PAIR[1:]) -> Prompt:
+    """A prompt of so many frame pairs of random pictures, each of ``grid`` patches."""
     sample = Sample(**{**SAMPLE, "options": tuple(SAMPLE["options"])})  # type: ignore[arg-type]
     layout = PromptConfig(video_layout="interleaved", think=False)
-    generator = torch.Generator().manual_seed(seed)
-
-    def with_pairs(n: int) -> Prompt:
-        grid = (n, *PAIR[1:])
-        size = (n * PAIR[1] * PAIR[2], 6 * lm.info.geometry.patch**2)
-        patches = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        times = tuple(i / 2 for i in range(2 * n))
-        return encode_prompt(lm.info, sample, Clip(patches, grid, times, 1.0, f"{seed}-{n}", lm.info.geometry), layout)
-
-    one, two = len(with_pairs(1)), len(with_pairs(2))
-    return with_pairs(max(1, round((tokens - one) / (two - one)) + 1))
+    size = (pairs * grid[0] * grid[1], 6 * lm.info.geometry.patch**2)
+    patches = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    times = tuple(i / 2 for i in range(2 * pairs))
+    clip = Clip(patches, (pairs, *grid), times, 1.0, f"{seed}-{pairs}", lm.info.geometry)
+    return encode_prompt(lm.info, sample, clip, layout)
 
 
 class PerRow(Decoder):

@@ -63,15 +63,20 @@ def make_groups(lm: VideoLM, shape: Shape, seed: int) -> list[ScoredGroup]:
     rng, scored = random.Random(seed), []
     for g in range(shape.groups):
         prompt = _text_prompt(shape.prompt, rng) if shape.text else make_prompt(lm, shape.prompt, seed + g)
-        lengths = [max(1, round(shape.response * (0.5 + i / max(shape.group - 1, 1)))) for i in range(shape.group)]
-        completions = tuple(
-            Completion(Response("", n, "stop"), tuple(rng.randrange(9, 100) for _ in range(n)), torch.full((n,), -6.0))
-            for n in lengths
-        )
-        request = RolloutRequest(prompt, shape.group, Sampling(max(lengths), 1.0), g)
-        advantages = tuple(rng.gauss(0.0, 1.0) for _ in lengths)
-        scored.append(ScoredGroup(Group(request, completions), (), (), advantages, tuple(range(shape.group))))
+        scored.append(forced_group(prompt, shape.group, shape.response, rng, g))
     return scored
+
+
+def forced_group(prompt: Prompt, rows: int, response: int, rng: random.Random, seed: int) -> ScoredGroup:
+    """Responses of random tokens, ``response`` on average, and random advantages."""
+    lengths = [max(1, round(response * (0.5 + i / max(rows - 1, 1)))) for i in range(rows)]
+    completions = tuple(
+        Completion(Response("", n, "stop"), tuple(rng.randrange(9, 100) for _ in range(n)), torch.full((n,), -6.0))
+        for n in lengths
+    )
+    request = RolloutRequest(prompt, rows, Sampling(max(lengths), 1.0), seed)
+    advantages = tuple(rng.gauss(0.0, 1.0) for _ in lengths)
+    return ScoredGroup(Group(request, completions), (), (), advantages, tuple(range(rows)))
 
 
 def _text_prompt(tokens: int, rng: random.Random) -> Prompt:

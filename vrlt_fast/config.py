@@ -241,7 +241,7 @@ class ParallelConfig(_Section):
     """How they attend: gather the prompts' keys and values, whatever the heads, or exchange tokens for heads, where sp
     divides the heads. Groups in stages always gather."""
     wait: Annotated[float, Field(gt=0.0)] = 30.0
-    """Minutes that a process waits for another: the first may be writing a checkpoint, or decoding a long video. Then the
+    """Minutes that a process waits for another: the first may be writing a checkpoint, or decode a long video. Then the
     run ends with VRLT-S04, which names what it waited for."""
 
 

@@ -41,6 +41,7 @@ from vrlt_fast.model.language import LOGITS
 from vrlt_fast.model.load import MODELS, ModelInfo, VideoLM
 from vrlt_fast.model.lora import add_lora
 from vrlt_fast.model.vision import PIECE
+from vrlt_fast.rollout.joint import room
 from vrlt_fast.rollout.kv import AUTO_GB_CPU, AUTO_SHARE_CUDA, KvShape, plan_kv
 from vrlt_fast.train.optim import PIECE as STEP_PIECE
 
@@ -378,12 +379,16 @@ def least(config: Config) -> Config:
 def rollout_bytes(info: ModelInfo, config: Config, tokens: int, device: str, left: int) -> int:
     """Bytes of the group engine's buffers for prompts of so many tokens, where ``left`` bytes of a GPU are free."""
     rollout, text = config.rollout, Text.of(info, config, device)
-    prompts = math.ceil(prompts_of(config) / config.parallel.sp)  # whole groups
+    sp, prompts = config.parallel.sp, prompts_of(config)
+    if prompts < sp:  # each group is everybody's
+        prefixes, rows = [room(tokens, sp)] * prompts, [math.ceil(rollout.group_size / sp)] * prompts
+    else:
+        prompts = math.ceil(prompts / sp)
+        prefixes, rows = [tokens] * prompts, [rollout.group_size] * prompts
     dtype = getattr(torch, config.model.dtype)
     shape = KvShape(text.layers, text.kv_heads, text.dim, dtype, torch.device(device))
     automatic = int(AUTO_GB_CPU * 1e9) if device == "cpu" else int(AUTO_SHARE_CUDA * max(left, 0))
     budget = int(rollout.kv_gb * 1e9) or automatic
-    prefixes, rows = [tokens] * prompts, [rollout.group_size] * prompts
     how: dict[str, Any] = {"budget": budget, "max_rows": rollout.max_rows}
     try:
         return plan_kv(shape, prefixes, rows, rollout.max_new_tokens, **how).nbytes(shape)

@@ -11,7 +11,7 @@ import torch
 
 from tests.parallel import shared_run
 from vrlt_fast.config import GrpoConfig, ModelConfig, OptimConfig
-from vrlt_fast.model.load import enable_recompute, load_model
+from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
 from vrlt_fast.model.sharded import ShardedLM, ShardedPolicy
 from vrlt_fast.model.vision import StepVision
 from vrlt_fast.parallel.mesh import Mesh, mesh_of
@@ -31,8 +31,9 @@ LR = 1e-4
 
 @dataclass
 class Trained:
-    """Weights before and after, and what the last step counted."""
+    """Gradients of the first step, weights before and after, and what the last step counted."""
 
+    gradients: dict[str, torch.Tensor]
     start: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     stats: UpdateStats
@@ -64,6 +65,7 @@ def steps(peers: Peers, folder: Path, seed: int, ways: Ways) -> Trained:
         enable_recompute(lm)
     optimizer = make_optimizer(lm, OptimConfig(states=ways.states), LR)
     start = {name: p.detach().clone() for name, p in lm.whole.module.named_parameters()}
+    first: dict[str, torch.Tensor] = {}
     how = How(0.9, 64, ways.micro_tokens, "shared", mesh.peers, ways.method, mesh.in_step)
     for step in range(STEPS // 2):
         every, old = _groups(lm, folder, seed + step), None
@@ -73,8 +75,20 @@ def steps(peers: Peers, folder: Path, seed: int, ways: Ways) -> Trained:
             old = score_old(lm, scored, how, held) if old is None else old
             more: dict[str, Any] = {"size": StepSize.of(every), "old": old, "held": held}
             stats = grpo_backward(lm, reference, scored, GrpoConfig(beta=0.1), how, **more)
+            first = first or _gradients(lm, mesh)
             take_step(lm, optimizer, mesh, stats.loss, LR, 1.0)
-    return Trained(start, {name: p.detach().clone() for name, p in lm.whole.module.named_parameters()}, stats)
+    return Trained(first, start, {name: p.detach().clone() for name, p in lm.whole.module.named_parameters()}, stats)
+
+
+def _gradients(lm: VideoLM, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Those of all processes together."""
+    if isinstance(lm, ShardedPolicy):
+        lm.finish()
+        return {name: p.grad.full_tensor() for name, p in lm.named_parameters() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+    for gradient in found.values() if mesh.everyone.world > 1 else ():
+        torch.distributed.all_reduce(gradient)
+    return found
 
 
 def _groups(lm: Any, folder: Path, seed: int) -> list[ScoredGroup]:

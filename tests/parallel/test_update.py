@@ -40,6 +40,10 @@ def test_ten_steps_end_at_the_same_weights(tmp_path, pool, seed, size, ways):
     folder = shared_run.make_model(tmp_path / "model", "qwen2_5_vl")
     alone = shared_update.steps(Peers(), folder, seed, replace(ways, sp=1, shard=1))
     every = pool(size).run(shared_update.steps, folder, seed, ways)
+    for name, gradient in alone.gradients.items():
+        error = every[0].gradients[name] - gradient
+        assert float(error.abs().max()) < 2e-5 * max(float(gradient.abs().max()), 0.1), name
+    assert every[0].gradients.keys() == alone.gradients.keys()
     for name, right in alone.weights.items():
         for other in every:
             assert torch.equal(other.weights[name], every[0].weights[name]), name

@@ -205,3 +205,31 @@ def test_parameters_without_a_gradient_keep_weights_and_states(seed):
     assert all(torch.equal(after[k], t) for k, t in before.items() if "/p3/" in k)
     assert after["optimizer/p5/step"] == 2
     assert all(p.grad is None for p in optimizer.parameters.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", ["float32", "bfloat16"])
+def test_states_in_host_memory_step_as_others_do(seed, dtype, states):
+    """On a CPU too they are copies: the weights follow them, and a checkpoint is the same."""
+    settings = OptimConfig(states=states, weight_decay=0.1)
+    near, far = (
+        MasterAdamW(odd_parameters(seed, dtype), s, 1e-2, seed)
+        for s in (settings, settings.model_copy(update={"offload": True}))
+    )
+    for optimizer in (near, far):
+        steps(optimizer, seed, range(4))
+    for name, parameter in far.parameters.items():
+        assert torch.equal(parameter, near.parameters[name])
+        assert torch.equal(far.masters[name], near.masters[name])
+        assert not parameter.numel() or far.masters[name].data_ptr() != parameter.data_ptr()
+    assert far.copied == near.copied
+    saved = [{**optimizer_tensors(o, o.masters), **o.copies()} for o in (near, far)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+def test_pieces_of_a_shard_are_parts_of_the_whole_parameters(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 10)
+    assert list(module._pieces(0, 25)) == [(0, 0, slice(0, 10)), (10, 0, slice(10, 20)), (20, 0, slice(20, 25))]
+    assert list(module._pieces(7, 6)) == [(0, 7, slice(0, 3)), (10, 0, slice(3, 6))]
+    assert list(module._pieces(12, 0)) == []

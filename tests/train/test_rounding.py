@@ -70,3 +70,9 @@ def test_what_bf16_has_stays(value, seed):
 def test_nan_stays_and_nothing_is_nothing():
     assert bool(round_to_bf16(torch.full((64,), math.nan), words(64, "nan") & 0xFFFF).isnan().all())
     assert round_to_bf16(torch.zeros(0), words(0, "")).shape == (0,)
+
+
+def test_noise_of_a_part_is_that_of_the_whole(seed):
+    key = f"{seed} part"
+    part = noise_(torch.empty(100, dtype=torch.int32), key, 37)
+    assert torch.equal(part, words(200, key)[37:137])

@@ -81,9 +81,8 @@ def _received(found: list[dict[str, Any]], name: str, shape: str) -> list[Record
 
 def _foretold(one: dict[str, Any], shape: str) -> list[Record]:
     figures = {phase: one["phases"].get(phase, 0.0) for phase in ("encode", "prefill", "generate")}
-    figures |= {"update": median(one["update"]), "attention": 0.5, "steps": one["length"] - 1}
-    figures |= {key: one[key] for key in ("tokens", "rows", "layers", "kv_bytes")}
-    figures["row_bytes"] = 4 * one["kv_bytes"]
+    figures |= {"update": median(one["update"]), "steps": one["length"] - 1}
+    figures |= {key: one[key] for key in ("tokens", "rows", "layers", "kv_bytes", "row_bytes", "attention")}
     told = predicted(figures, 8, H100)
     return [summarize("8 H100, predicted", shape, phase, "s", [seconds]) for phase, seconds in told.items()]
 

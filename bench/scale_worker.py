@@ -46,13 +46,16 @@ def main(words: list[str]) -> None:
     if mesh.weights is not None:
         lm = ShardedPolicy(lm, mesh.weights)
     enable_recompute(lm)
-    prompt = pairs_prompt(lm, pairs, SEED, (4, 4))
+    prompt = _whole(lm, cell)
     found: dict[str, Any] = {"tokens": len(prompt), "rows": rows, "length": length}
     found |= _rollout(lm, prompt, cell, mesh)
+    if world == 1 and device.type == "cuda":
+        found["attention"] = _attention(lm, found, cell, mesh)
     found |= _update(lm, prompt, cell, mesh)
     text = lm.info.config.text_config
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     found |= {"layers": text.num_hidden_layers, "kv_bytes": 2 * text.num_key_value_heads * dim * lm.dtype.itemsize}
+    found["row_bytes"] = 4 * text.num_attention_heads * (dim + 1)  # outputs and log-sum-exps in fp32
     (Path(words[1]) / f"{mesh.everyone.rank}.json").write_text(json.dumps(found), encoding="utf-8")
     leave()
 
@@ -68,6 +71,19 @@ def _rollout(lm: VideoLM, prompt: Prompt, cell: dict[str, Any], mesh: Mesh) -> d
     store = engine._decoder.store if engine._decoder else None
     nbytes = store.plan.nbytes(store.shape) if store else 0
     return {"rollout": spent, "phases": stats.seconds, "kv": nbytes}
+
+
+def _attention(lm: VideoLM, found: dict[str, Any], cell: dict[str, Any], mesh: Mesh) -> float:
+    """The prefix's share of a decode step: steps behind the whole prompt, and behind a quarter of its frames."""
+    fewer = pairs_prompt(lm, max(cell["frames"] // 8, 1), SEED, (4, 4))
+    _rollout(lm, fewer, cell, mesh)  # the first one pays for what later ones don't
+    times = [_rollout(lm, prompt, cell, mesh)["phases"]["generate"] for prompt in (fewer, _whole(lm, cell))]
+    slope = (times[1] - times[0]) / (found["tokens"] - len(fewer))
+    return min(max(slope * found["tokens"] / times[1], 0.0), 1.0)
+
+
+def _whole(lm: VideoLM, cell: dict[str, Any]) -> Prompt:
+    return pairs_prompt(lm, cell["frames"] // 2, SEED, (4, 4))
 
 
 def _update(lm: VideoLM, prompt: Prompt, cell: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -28,10 +28,9 @@ N, LENGTH = 3, 6
 
 @dataclass
 class Seen:
-    """Of one process: the clip, patches of the whole clip, frames that its decoder gave, embeddings, tokens."""
+    """Of one process: the clip, frames that its decoder gave, embeddings, tokens."""
 
     clip: Clip
-    whole: torch.Tensor
     decoded: int
     again: int
     embeds: VisionEmbeds
@@ -48,7 +47,6 @@ def see(peers: Peers, folder: Path, film: Path, decoder: Any, seed: int) -> Seen
         decoded = source.decoder.counts["frames decoded"]
         source.load(film)
         again = source.decoder.counts["frames decoded"] - decoded
-        whole = source.whole.load(film)
     (folder.parent / f"{peers.rank}-{peers.size}.jsonl").write_text(json.dumps(LINE) + "\n")
     sample = read_jsonl(folder.parent / f"{peers.rank}-{peers.size}.jsonl", check_files=False)[0]
     prompt = encode_prompt(lm.info, sample, clip, PromptConfig(), reserve=LENGTH)
@@ -58,4 +56,4 @@ def see(peers: Peers, folder: Path, film: Path, decoder: Any, seed: int) -> Seen
     groups, _ = engine.generate([RolloutRequest(prompt, N, Sampling(LENGTH, 1.0), seed)], vision=Encoded(found))
     tokens = [c.tokens for c in groups[0].completions]
     clip = replace(clip, patches=clip.patches.clone())  # it is in memory that the decoders share
-    return Seen(clip, whole.patches.clone(), decoded, again, found[clip.key], tokens)
+    return Seen(clip, decoded, again, found[clip.key], tokens)

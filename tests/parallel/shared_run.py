@@ -36,6 +36,14 @@ def make_model(folder: Path, family: str) -> Path:
     return build_tiny(folder / "model", train_jsonl=folder / "train.jsonl", seed=2, family=family)
 
 
+def untie(folder: Path) -> None:
+    """Give a saved model a head of its own, as the large ones of the families have."""
+    module = load_model(ModelConfig(name=str(folder), dtype="float32", device="cpu")).module
+    module.config.tie_word_embeddings = module.config.text_config.tie_word_embeddings = False
+    module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach().flip(0).clone())
+    module.save_pretrained(folder)
+
+
 @lru_cache(maxsize=4)
 def open_model(folder: Path, *, freeze: bool, recompute: bool) -> VideoLM:
     """In training mode."""

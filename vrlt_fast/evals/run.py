@@ -17,10 +17,12 @@ from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM, inspect_model, load_model
-from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.model.prompt import Prompt, encode_prompt, read_by_all
 from vrlt_fast.parallel.replicas import Replicas
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import Group, RolloutRequest
+from vrlt_fast.rollout.peers import PeerEngine
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.preprocess import Clip
@@ -66,6 +68,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     cache: EmbeddingCache | None = None,
     replicas: Replicas | None = None,
+    peers: Peers | None = None,
 ) -> Evaluation:
     """Answer every question greedily and ``eval.responses`` times sampled.
 
@@ -75,17 +78,23 @@ def evaluate(
         alter: changes each clip first, videos and images, for example to grey pictures.
         progress: called with the number of questions done since the last call.
         cache: embeddings of a frozen tower.
-        replicas: each process answers its share, and all get the whole evaluation.
+        replicas: each of them answers its share, and all get the whole evaluation.
+        peers: processes that share the clips that ``loader`` gives, and answer the same questions together.
     """
-    replicas = replicas or Replicas()
+    replicas, peers = replicas or Replicas(), peers or Peers()
     temps = list(temperatures or [config.eval.temperature])
     names = ["sampled", *(f"sampled@{t}" for t in temps[1:])]
     failed: list[VrltError] = []
     own: list[tuple[int, list[list[Scored]]]] = []
-    engine = GroupEngine(lm, config.rollout, cache)
+    engine: GroupEngine | PeerEngine = GroupEngine(lm.whole, config.rollout, cache)
+    if peers.size > 1:
+        engine = PeerEngine(lm, config.rollout, cache, peers=peers)
     share = replicas.share(list(enumerate(samples)))
     loader.expect(root / sample.video for _, sample in share)
-    for places, prompts in _batches(lm, share, loader, config, root=root, alter=alter, failed=failed):
+    batches = _batches(lm, share, loader, config, root=root, alter=alter, failed=failed)
+    for places, prompts in (_read_by_all(*batch, peers, failed) for batch in batches):
+        if not prompts:
+            continue
         by_temperature = _answers(engine, prompts, config, [0.0, *temps], places=places)
         own += zip(places, map(list, zip(*by_temperature, strict=True)), strict=True)
         if progress:
@@ -126,12 +135,22 @@ def _batches(
                 places.append(place)
             except DataError as error:
                 failed.append(error)
-        if prompts:
-            yield places, prompts
+        yield places, prompts
+
+
+def _read_by_all(
+    places: list[int], prompts: list[Prompt], peers: Peers, failed: list[VrltError]
+) -> tuple[list[int], list[Prompt]]:
+    """What all peers could read of a batch."""
+    same = read_by_all(prompts, peers)
+    for lost in (prompt.sample for i, prompt in enumerate(prompts) if i not in same):
+        what = "question left out: another process couldn't read its video"
+        failed.append(DataError(Problem("VRLT-V02", what, lost.line or lost.id)))
+    return [places[i] for i in same], list(same.values())
 
 
 def _answers(
-    engine: GroupEngine,
+    engine: GroupEngine | PeerEngine,
     prompts: Sequence[Prompt],
     config: Config,
     temperatures: Sequence[float],

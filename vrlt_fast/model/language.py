@@ -104,6 +104,14 @@ class _NoTokens:
         return torch.cat([nothing, torch.zeros_like(query)])
 
 
+def head_untouched(lm: VideoLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Zero, whose gradient is zero for the head and for hidden states [n, hidden], at least one: for a pass without
+    targets where processes share the weights, so that it has gradients for the same parameters as others' passes.
+    """
+    target = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+    return score_hidden(lm, hidden[:1], target, 1.0).logp.sum() * 0.0
+
+
 def run_nothing(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:
     """Hidden states [0, hidden] of no tokens, for a process that takes part in the passes of others: what it would
     exchange with them, in attention and for weights, it does, forward and backward.

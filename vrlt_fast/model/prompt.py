@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import DataError, Problem, SetupError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.positions import Grid, mrope_positions
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.preprocess import Clip
 
 SLOT = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -62,6 +63,25 @@ class Encoded(NamedTuple):
     positions: torch.Tensor
     visual: torch.Tensor
     next_position: int
+
+
+def read_by_all(prompts: Sequence[Prompt], peers: Peers) -> dict[int, Prompt]:
+    """Those that each of the peers has, with the same tokens and grids, by their places. A clip has one key for all of
+    them: where a decoder stood in for another in one process, that of clips that may differ.
+    """
+    if peers.size == 1:
+        return dict(enumerate(prompts))
+    names = [(p.sample.id, len(p), tuple(clip.grid for clip in p.media)) for p in prompts]
+    told = peers.objects([(name, [c.key for c in p.media]) for name, p in zip(names, prompts, strict=True)])
+    every = [dict(part) for part in told]
+    same: dict[int, Prompt] = {}
+    for place, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        if not all(name in part for part in every):
+            continue
+        keys = [max(found, key=len) for found in zip(*(part[name] for part in every), strict=True)]
+        media = tuple(replace(c, key=k) if c.key != k else c for c, k in zip(prompt.media, keys, strict=True))
+        same[place] = replace(prompt, media=media) if keys != [c.key for c in prompt.media] else prompt
+    return same
 
 
 def encode_prompt(

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from vrlt_fast.model.language import GroupPass, Inputs, run_text, score_hidden
+from vrlt_fast.model.language import GroupPass, Inputs, head_untouched, run_text
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.vision import is_frozen
 from vrlt_fast.parallel.weights import Arena, shard_, take_shard
@@ -53,7 +53,6 @@ class ShardedLM(VideoLM):
             self.tower.set_requires_gradient_sync(False)
         with torch.no_grad():
             self.run(lambda: None)  # the first module that runs is the one that knows of all others
-        self.module.reshard()
 
     @property
     def in_shards(self) -> bool:
@@ -67,6 +66,8 @@ class ShardedLM(VideoLM):
     def run(self, function: Callable[..., T], *args: Any, **more: Any) -> T:
         """A pass: its tensors, in a tuple or alone, must be what the function returns."""
         out: T = getattr(self.module, ENTRY)(function, *args, **more)
+        if not torch.is_grad_enabled():  # no backward pass will let go of embedding and head
+            self.module.reshard()
         return out
 
     def idle(self) -> torch.Tensor:
@@ -78,7 +79,7 @@ class ShardedLM(VideoLM):
         embeds = self.module.get_input_embeddings()(one)
         inputs = Inputs(embeds, one.expand(3, -1))
         hidden = run_text(self, inputs, GroupPass(GroupSpans.of([1], [[]])))
-        return score_hidden(self, hidden, one, 1.0).logp.sum() * 0.0
+        return head_untouched(self, hidden)
 
 
 def _call(function: Callable[..., T], *args: Any, **more: Any) -> T:

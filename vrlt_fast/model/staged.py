@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vrlt_fast.model.attention import Pass
-from vrlt_fast.model.language import GroupPass, Inputs, make_inputs, run_nothing, run_text, score_hidden
+from vrlt_fast.model.language import GroupPass, Inputs, head_untouched, make_inputs, run_nothing, run_text, score_hidden
 from vrlt_fast.model.layout import GroupLayout, Row, build_layout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
@@ -76,7 +76,8 @@ class StagedPrompt:
         inputs = make_inputs(self._lm, layout.ids, layout.positions, layout.visual, vision)
         prompt_pass = PromptPass(GroupPass(layout.spans))
         hidden = run_text(self._lm, inputs, prompt_pass)
-        return (hidden[-1:], *prompt_pass.take())
+        last = hidden[-1:] + head_untouched(self._lm, hidden[-1:]) if self._lm.in_shards else hidden[-1:]
+        return (last, *prompt_pass.take())
 
     def _cut_off(self, made: Sequence[torch.Tensor], tokens: int) -> None:
         self.tokens = tokens

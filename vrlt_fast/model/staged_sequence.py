@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vrlt_fast.model.language import Inputs, score_hidden
+from vrlt_fast.model.language import Inputs, head_untouched, score_hidden
 from vrlt_fast.model.layout import Row, build_layout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
@@ -43,7 +43,9 @@ class SharedStagedPrompt(StagedPrompt):
     def _forward_share(self, shared: SharedLayout, vision: VisionEmbeds) -> tuple[torch.Tensor, ...]:
         recorded = PromptPass(GatherKV(shared, keep=is_recomputed(self._lm)))
         hidden = run_share(self._lm, shared.inputs(self._lm, vision), recorded)
-        return (shared.last_tokens(hidden), *recorded.take())
+        last = shared.last_tokens(hidden)
+        last = last + head_untouched(self._lm, last) if self._lm.in_shards else last
+        return (last, *recorded.take())
 
     def shared_logprobs(
         self, rows: Sequence[Row], temperature: float

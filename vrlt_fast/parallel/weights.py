@@ -6,6 +6,7 @@ Gradients of the processes add up: their number is part of no mean.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,9 +46,10 @@ def shard_(
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ignored = set(left)
-    if wide:
-        _widen(root, ignored)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
     for unit in (*units, root):
+        if wide:  # one unit at a time is whole in fp32
+            _widen(unit, ignored, made)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=unit is not root, ignored_params=ignored)
     for part in root.modules():
         if isinstance(part, FSDPModule):
@@ -55,11 +57,12 @@ def shard_(
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other, and no scaled one
 
 
-def _widen(root: nn.Module, ignored: set[nn.Parameter]) -> None:
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
-    for part in root.modules():
+def _widen(unit: nn.Module, ignored: set[nn.Parameter], made: dict[nn.Parameter, nn.Parameter]) -> None:
+    for part in unit.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter in ignored or parameter.dtype.itemsize >= 4:
+                continue
+            if isinstance(parameter, DTensor):
                 continue
             if parameter not in made:
                 made[parameter] = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
@@ -86,8 +89,17 @@ def like(values: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
     """Local values as the shard of a tensor that is sharded as ``sharded`` is."""
     if not isinstance(sharded, DTensor):
         return values
-    where = (sharded.device_mesh, sharded.placements)
-    return DTensor.from_local(values, *where, run_check=False, shape=sharded.shape, stride=sharded.stride())
+    mesh = sharded.device_mesh
+    if values.device.type != mesh.device_type:  # else it would be copied to the mesh's device
+        mesh = _elsewhere(mesh, values.device.type)
+    shape, stride = sharded.shape, sharded.stride()
+    return DTensor.from_local(values, mesh, sharded.placements, run_check=False, shape=shape, stride=stride)
+
+
+@lru_cache
+def _elsewhere(mesh: DeviceMesh, device: str) -> DeviceMesh:
+    """The same processes, for tensors on another device; all make it together."""
+    return DeviceMesh(device, mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 @torch.no_grad()

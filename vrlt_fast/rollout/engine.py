@@ -68,8 +68,8 @@ class GroupEngine:
 
     def sync(self, lm: VideoLM) -> None:
         """Nothing is copied: it samples from the weights that are trained."""
-        if lm is not self.lm:
-            self.lm, self._decoder = lm, None
+        if lm.whole is not self.lm:
+            self.lm, self._decoder = lm.whole, None
 
     def close(self) -> None:
         """Give the buffers back."""
@@ -89,20 +89,27 @@ class GroupEngine:
                 fix = "lower video.max_frames, video.max_pixels or rollout.max_new_tokens"
                 raise DataError(Problem("VRLT-D10", what, where, f"it is {self.lm.info.context}", fix))
 
-    def _room(self, requests: Sequence[RolloutRequest]) -> Decoder:
-        """The buffers of the call before, where they suffice."""
+    def _needed(self, requests: Sequence[RolloutRequest]) -> tuple[KvShape, KvPlan, int]:
+        """What buffers the requests want, and the budget. Raises ConfigError C04."""
         text, parameter = self.lm.info.config.text_config, self.lm.module.get_input_embeddings().weight
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         shape = KvShape(text.num_hidden_layers, text.num_key_value_heads, dim, parameter.dtype, parameter.device)
-        work = by_prompt(requests)
         if self._budget is None:  # what is free is looked at once: later the buffers themselves are in use
-            self._budget = budget_bytes(self.config.kv_gb, shape.device)
-        plan = self._plan(shape, work, max(r.sampling.max_new_tokens for r in requests), self._budget)
+            self._budget = self._budget_of(shape)
+        longest = max(r.sampling.max_new_tokens for r in requests)
+        return shape, self._plan(shape, by_prompt(requests), longest, self._budget), self._budget
+
+    def _budget_of(self, shape: KvShape) -> int:
+        return budget_bytes(self.config.kv_gb, shape.device)
+
+    def _room(self, requests: Sequence[RolloutRequest]) -> Decoder:
+        """The buffers of the call before, where they suffice."""
+        shape, plan, budget = self._needed(requests)
         kept = self._decoder.store if self._decoder is not None else None
         if self._decoder is None or kept is None or kept.shape != shape or not kept.plan.holds(plan):
             if kept is not None and kept.shape == shape:  # so that two kinds of steps don't take turns to make it anew
                 both = plan.joined(kept.plan)
-                plan = both if both.nbytes(shape) <= self._budget else plan
+                plan = both if both.nbytes(shape) <= budget else plan
             self._decoder = kept = None  # the old buffers go before the new ones come
             self._decoder = self._decoder_of(shape, plan)
         self._decoder.begin()
@@ -111,7 +118,7 @@ class GroupEngine:
     def fits(self, requests: Sequence[RolloutRequest]) -> bool:
         """Whether ``rollout.kv_gb`` has room for one row of each."""
         try:
-            self._room(requests)
+            self._needed(requests)
         except ConfigError:
             return False
         return True

@@ -8,9 +8,11 @@ from typing import Protocol
 from vrlt_fast.config import Config
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
-from vrlt_fast.model.vision import Encoded, StepVision
+from vrlt_fast.model.vision import StepVision
+from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
+from vrlt_fast.rollout.peers import PeerEngine
 from vrlt_fast.rollout.vllm import VllmEngine
 
 
@@ -25,7 +27,7 @@ class RolloutEngine(Protocol):
         self,
         requests: Sequence[RolloutRequest],
         on_group: Callable[[Group], None] | None = None,
-        vision: StepVision | Encoded | None = None,
+        vision: StepVision | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """All requests; ``on_group`` is called with each complete group; ``vision`` as in :class:`GroupEngine`."""
         ...
@@ -35,12 +37,16 @@ class RolloutEngine(Protocol):
         ...
 
 
-def open_engine(config: Config, lm: VideoLM, cache: EmbeddingCache | None = None) -> RolloutEngine:
-    """The engine of ``rollout.engine``; ``cache`` holds embeddings of a frozen tower.
+def open_engine(
+    config: Config, lm: VideoLM, cache: EmbeddingCache | None = None, peers: Peers | None = None
+) -> RolloutEngine:
+    """The engine of ``rollout.engine``; ``cache`` holds embeddings of a frozen tower; ``peers`` have the same prompts.
 
     Raises:
         SetupError: as :class:`VllmEngine`.
     """
     if config.rollout.engine == "vllm":
         return VllmEngine(lm, config.vllm, cache)
-    return GroupEngine(lm, config.rollout, cache)
+    if peers is not None and peers.size > 1:
+        return PeerEngine(lm, config.rollout, cache, peers=peers)
+    return GroupEngine(lm.whole, config.rollout, cache)

@@ -220,8 +220,11 @@ class JointEngine(GroupEngine):
     def _plan(self, shape: KvShape, work: Sequence[Resident], length: int, budget: int) -> KvPlan:
         size, rows = self.peers.size, self.config.max_rows
         tokens, shares = [room(len(r.prompt), size) for r in work], [-(-len(r.waiting) // size) for r in work]
-        least = min(self.peers.objects(budget))  # they take the same prompts in
-        return plan_kv(shape, tokens, shares, length, budget=least, max_rows=max(rows // size, 1))
+        return plan_kv(shape, tokens, shares, length, budget=budget, max_rows=max(rows // size, 1))
+
+    def _budget_of(self, shape: KvShape) -> int:
+        """The least of all: they take the same prompts in, and rows."""
+        return min(self.peers.objects(super()._budget_of(shape)))
 
     def _decoder_of(self, shape: KvShape, plan: KvPlan) -> Decoder:
         return JointDecoder(self.lm, SharedStore(shape, plan, self.peers.size), self.peers)

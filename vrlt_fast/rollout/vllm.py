@@ -22,7 +22,7 @@ from vrlt_fast.errors import Problem, SetupError
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import ModelInfo, VideoLM
 from vrlt_fast.model.prompt import Prompt
-from vrlt_fast.model.vision import Embeddings, Encoded, StepVision, encode_media
+from vrlt_fast.model.vision import Embeddings, StepVision, encode_media
 from vrlt_fast.rewards.base import Response
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest, RolloutStats
 from vrlt_fast.rollout.sampler import Sampling
@@ -100,7 +100,7 @@ class VllmEngine:
         self,
         requests: Sequence[RolloutRequest],
         on_group: Callable[[Group], None] | None = None,
-        vision: StepVision | Encoded | None = None,
+        vision: StepVision | None = None,
     ) -> tuple[list[Group], RolloutStats]:
         """Sample all requests.
 

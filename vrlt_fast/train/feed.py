@@ -12,7 +12,7 @@ from vrlt_fast.data.sample import Sample
 from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
-from vrlt_fast.model.prompt import Prompt, encode_prompt
+from vrlt_fast.model.prompt import Prompt, encode_prompt, read_by_all
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.images import ImageLoader
@@ -128,13 +128,12 @@ class Feed:
 
     def _read_by_all(self, prompts: list[Prompt]) -> list[Prompt]:
         """Those that each of the peers has, with the same tokens and grids: a deadline may have passed in one alone."""
-        seen = [(p.sample.id, len(p), tuple(clip.grid for clip in p.media)) for p in prompts]
-        every = [set(other) for other in self._peers.objects(seen)]
-        lost = {p.sample.video: p for p, name in zip(prompts, seen, strict=True) if not all(name in o for o in every)}
+        same = read_by_all(prompts, self._peers)
+        lost = {p.sample.video: p for place, p in enumerate(prompts) if place not in same}
         for prompt in lost.values():
             self.failed += 1
             self._warn(f"{prompt.sample.line or prompt.sample.id} left out: another process couldn't read it")
-        return [p for p, name in zip(prompts, seen, strict=True) if all(name in other for other in every)]
+        return list(same.values())
 
     def _count(self, sample: Sample, error: DataError) -> None:
         self.failed += 1

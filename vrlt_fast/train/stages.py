@@ -14,13 +14,12 @@ from vrlt_fast.data.stream import BatchStream
 from vrlt_fast.model.embed_cache import EmbeddingCache
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt, encode_narration
-from vrlt_fast.model.vision import Encoded, StepVision, encode_media, is_frozen
+from vrlt_fast.model.vision import StepVision, is_frozen
 from vrlt_fast.parallel.mesh import Mesh
 from vrlt_fast.rewards.dual import dual_reward, unshaped
-from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.engines import open_engine
 from vrlt_fast.rollout.group import Group, RolloutRequest, RolloutStats
-from vrlt_fast.rollout.joint import JointEngine
+from vrlt_fast.rollout.peers import PeerEngine
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard, describe_prompts
@@ -141,8 +140,7 @@ class GrpoStage:
         self.stream, self.optimizer, self._keep, self._cache = stream, optimizer, keep, cache
         self._guard, self._micro_tokens, self._out_of_memory = guard, config.train.micro_tokens, 0
         self._say, self._unverified = say, config.train.verify_shared_prefix == "first_step"
-        self._engine = open_engine(config, lm.whole, cache)
-        self._joint = JointEngine(lm.whole, config.rollout, peers=self._mesh.peers)
+        self._engine = open_engine(config, lm, cache, self._mesh.peers)
         self._reward = dual_reward(config.prompt.think)
         self._weights = config.reward.model_dump(include={"semantic", "temporal", "format"})
 
@@ -153,7 +151,7 @@ class GrpoStage:
             SetupError: E05 none fits.
         """
         prompt = self.feed.prompt(sample)
-        if self._mesh.peers.agree(prompt is not None) and prompt is not None:
+        if not self._mesh.everyone.any(prompt is None) and prompt is not None:
             self._micro_tokens = probe_step(
                 self.lm, self.reference, prompt, self.config, self.optimizer, self._say, mesh=self._mesh
             )
@@ -191,8 +189,7 @@ class GrpoStage:
         self, prompts: Sequence[Prompt], step: int, clock: Clock, vision: StepVision | None
     ) -> tuple[list[ScoredGroup], RolloutStats]:
         """The groups of these prompts, and with ``grpo.refill`` of the prompts after them, until enough have signal."""
-        self._engine.sync(self.lm.whole)
-        self._joint.sync(self.lm.whole)
+        self._engine.sync(self.lm)
         seen, rolled = self._rollout(self._requests(prompts, step), step, clock, vision)
         for _ in range(self.config.grpo.refill):
             if not self._mesh.everyone.any(sum(s.has_signal for s in seen) < self._wanted):
@@ -238,23 +235,11 @@ class GrpoStage:
 
         if not requests:
             return [], RolloutStats()
-        peers, rolled = self._mesh.peers, RolloutStats()
-        if peers.size == 1:
-            rolled.add(self._engine.generate(requests, finish, vision)[1])
-            return exchanged(scored, requests, peers), rolled
-        begin, clips = perf_counter(), [c for r in requests for c in r.prompt.media]
-        found, encoded = encode_media(self.lm, clips, vision or self._cache, peers)
-        held = Encoded(found)
-        rolled.spend("encode", begin)
-        rolled.count(peers.share(encoded))
-        own = peers.share(requests)
-        alone = isinstance(self._engine, GroupEngine) and (not own or self._engine.fits(own))
-        if len(requests) >= peers.size and peers.agree(alone):
-            rolled.add(self._engine.generate(own, finish, held)[1])
+        peers = self._mesh.peers
+        if isinstance(self._engine, PeerEngine):
+            _, rolled = self._engine.own(requests, finish, vision)
         else:
-            first = peers.rank == 0  # of what all do one counts
-            stats = self._joint.generate(requests, finish if first else None, held)[1]
-            rolled.add(stats if first else RolloutStats())
+            _, rolled = self._engine.generate(requests, finish, vision)
         return exchanged(scored, requests, peers), rolled
 
     def _hand_over(self) -> None:
@@ -265,9 +250,8 @@ class GrpoStage:
         self._later = []
 
     def close(self) -> None:
-        """Close the rollout engines."""
+        """Close the rollout engine."""
         self._engine.close()
-        self._joint.close()
 
     def _requests(self, prompts: Sequence[Prompt], step: int, first: int = 0) -> list[RolloutRequest]:
         rollout = self.config.rollout

@@ -80,4 +80,4 @@ def _call(call: Callable[[], Any]) -> None:
 def _standalone(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous and alone in its storage, as safetensors needs."""
     tensor = tensor.detach().contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+    return tensor.to("cpu", copy=True) if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

@@ -362,14 +362,15 @@ class Trainer:
 
             root = data_root(self.config, "eval")
             result = evaluate(
-                self.lm.whole,
+                self.lm,
                 samples,
-                self.clips.whole,
+                self.clips,
                 self.config,
                 root=root,
                 progress=tick,
                 cache=self.embeds,
-                replicas=self.mesh.everyone,
+                replicas=self.mesh.replicas,
+                peers=self.mesh.peers,
             )
         if not self.mesh.first:
             return

@@ -40,7 +40,7 @@ class ClipSource:
             process's memory.
         device: of the GPU cache.
         warn: called with one line where a cache can't be used.
-        part: rank and number of processes that share each clip; :attr:`whole` loads clips that they don't.
+        part: rank and number of processes that share each clip.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class ClipSource:
         how: dict[str, Any] = {"cache": self.cache, "decode": decode, "pixels": pixels, "index": index}
         self.loader = ClipLoader(video, geometry, part=part, **how)
         self._ahead = Prefetcher(self.loader, threads=video.prefetch)
-        self.whole: Clips = self if part[1] == 1 else ClipLoader(video, geometry, **how)
         self._uses: Iterator[Path] = iter(())
         self._window: deque[Path] = deque()
         self._used = 0

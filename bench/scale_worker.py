@@ -79,7 +79,7 @@ def _attention(lm: VideoLM, found: dict[str, Any], cell: dict[str, Any], mesh: M
     _rollout(lm, fewer, cell, mesh)  # the first one pays for what later ones don't
     times = [_rollout(lm, prompt, cell, mesh)["phases"]["generate"] for prompt in (fewer, _whole(lm, cell))]
     slope = (times[1] - times[0]) / (found["tokens"] - len(fewer))
-    return min(max(slope * found["tokens"] / times[1], 0.0), 1.0)
+    return float(min(max(slope * found["tokens"] / times[1], 0.0), 1.0))
 
 
 def _whole(lm: VideoLM, cell: dict[str, Any]) -> Prompt:

@@ -37,11 +37,11 @@ def run(argv: Sequence[str]) -> None:
     device, path, records = measure.begin(CASE, options)
 
     def cells() -> Iterator[list[Record]]:
-        for cell in _cells(device.type, small=options.small):
-            yield scale_run.measure(cell)
         if device.type == "cpu":
             with tempfile.TemporaryDirectory() as work:
                 yield scale_run.whole_run(64 if options.small else LONG, 2, Path(work) / "work")
+        for cell in _cells(device.type, small=options.small):
+            yield scale_run.measure(cell)
 
     limit = 60 * options.minutes
     write_cells(CASE, records, cells(), claims, SEED, path=path, limit_s=limit)
@@ -55,12 +55,9 @@ def _cells(kind: str, *, small: bool) -> list[dict[str, Any]]:
         big = cell | {"size": "7b", "processes": 1, "length": 256, "rounds": 2}
         return [big | {"frames": frames} for frames in (256, 1024, LONG)]
     rounds = {64: 3, 256: 3}
-    several = [
-        cell | {"frames": f, "processes": n, "rounds": rounds.get(f, 1)}
-        for f in (64, 256, 1024, LONG)
-        for n in (1, 2, 4)
-    ]
-    return [*several, cell | {"frames": 256, "processes": 2, "shard": True, "rounds": 3}]
+    shards = cell | {"frames": 256, "processes": 2, "shard": True, "rounds": 3}
+    counts = [(frames, processes) for frames in (64, 256, 1024, LONG) for processes in (1, 2, 4)]
+    return [shards, *(cell | {"frames": f, "processes": n, "rounds": 3 if f < 1024 else 1} for f, n in counts)]
 
 
 def claims(records: list[Record]) -> list[Claim]:

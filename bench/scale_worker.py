@@ -48,10 +48,10 @@ def main(words: list[str]) -> None:
     enable_recompute(lm)
     prompt = _whole(lm, cell)
     found: dict[str, Any] = {"tokens": len(prompt), "rows": rows, "length": length}
+    found |= _update(lm, prompt, cell, mesh)  # first: what a rollout leaves with the allocator would hide its memory
     found |= _rollout(lm, prompt, cell, mesh)
     if world == 1 and device.type == "cuda":
         found["attention"] = _attention(lm, found, cell, mesh)
-    found |= _update(lm, prompt, cell, mesh)
     text = lm.info.config.text_config
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     found |= {"layers": text.num_hidden_layers, "kv_bytes": 2 * text.num_key_value_heads * dim * lm.dtype.itemsize}
@@ -93,7 +93,8 @@ def _update(lm: VideoLM, prompt: Prompt, cell: dict[str, Any], mesh: Mesh) -> di
     def run() -> None:
         grpo_backward(lm, None, scored, GRPO, how)
 
-    times = []
+    peak, times = (cuda_peak if lm.device.type == "cuda" else resident_peak)(Arm(run)), []
+    lm.module.zero_grad(set_to_none=True)
     for _ in range(cell["rounds"]):
         _sync(lm, mesh)
         mesh.peers.received.clear()
@@ -102,9 +103,7 @@ def _update(lm: VideoLM, prompt: Prompt, cell: dict[str, Any], mesh: Mesh) -> di
         _sync(lm, mesh)
         times.append(perf_counter() - begin)
         lm.module.zero_grad(set_to_none=True)
-    received = dict(mesh.peers.received)
-    peak = (cuda_peak if lm.device.type == "cuda" else resident_peak)(Arm(run))
-    return {"update": times, "received": received, "peak": peak}
+    return {"update": times, "received": dict(mesh.peers.received), "peak": peak}
 
 
 def _sync(lm: VideoLM, mesh: Mesh) -> None:

@@ -54,7 +54,6 @@ def _cells(kind: str, *, small: bool) -> list[dict[str, Any]]:
     if kind == "cuda":
         big = cell | {"size": "7b", "processes": 1, "length": 256, "rounds": 2}
         return [big | {"frames": frames} for frames in (256, 1024, LONG)]
-    rounds = {64: 3, 256: 3}
     shards = cell | {"frames": 256, "processes": 2, "shard": True, "rounds": 3}
     counts = [(frames, processes) for frames in (64, 256, 1024, LONG) for processes in (1, 2, 4)]
     return [shards, *(cell | {"frames": f, "processes": n, "rounds": 3 if f < 1024 else 1} for f, n in counts)]

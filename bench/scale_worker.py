@@ -88,7 +88,7 @@ def _whole(lm: VideoLM, cell: dict[str, Any]) -> Prompt:
 
 def _update(lm: VideoLM, prompt: Prompt, cell: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     scored = [forced_group(prompt, cell["rows"], cell["length"], random.Random(SEED), 0)]
-    how = How(1.0, 10**9, peers=mesh.peers, owners=mesh.in_step)
+    how = How(1.0, 10**9, peers=mesh.peers, in_step=mesh.in_step)
 
     def run() -> None:
         grpo_backward(lm, None, scored, GRPO, how)

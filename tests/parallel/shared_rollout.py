@@ -13,6 +13,7 @@ from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rollout.engine import GroupEngine
 from vrlt_fast.rollout.group import RolloutRequest
 from vrlt_fast.rollout.joint import JointEngine, room
+from vrlt_fast.rollout.peers import PeerEngine
 from vrlt_fast.rollout.sampler import Sampling
 
 
@@ -25,6 +26,24 @@ class Rolled:
     nbytes: int
     read: int
     prefills: int
+
+
+def together(
+    peers: Peers, folder: Path, seed: int, n: int, length: int, whole: bool
+) -> tuple[list[tuple[int, ...]], bool]:
+    """Tokens of ``n`` responses to each of three prompts on two processes, and whether they rolled out every group
+    together: with a budget that is a byte less than the longest prompt and a row need in one, unless ``whole``.
+    """
+    lm = shared_run.open_model(folder, freeze=False, recompute=False)
+    prompts, _ = shared_run.make_batch(lm, folder, seed)
+    requests = [RolloutRequest(p, n, Sampling(length, 1.0), seed + i) for i, p in enumerate(prompts)]
+    shape = GroupEngine(lm)._needed(requests)[0]
+    least = shape.token_bytes * (max(map(len, prompts)) + 2 * length)
+    engine = PeerEngine(lm, RolloutConfig(kv_gb=(least if whole else least - 1) / 1e9), peers=peers)
+    groups, _ = engine.generate(requests)
+    used = (engine._alone._decoder is None, engine._joint._decoder is not None)
+    assert used[0] == used[1]
+    return [c.tokens for g in groups for c in g.completions], used[0]
 
 
 def roll(peers: Peers, folder: Path, seed: int, config: RolloutConfig, n: int, length: int) -> Rolled:

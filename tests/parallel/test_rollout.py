@@ -35,6 +35,17 @@ def test_together_they_say_what_one_would(tmp_path, pool, seed, size, family, ro
         assert max(one.nbytes for one in every) < alone.nbytes / size * 1.35  # chunks and slots are whole numbers
 
 
+def test_a_group_too_long_for_one_is_everybodys(tmp_path, pool, seed):
+    """A byte decides; what is said is the same, and the same in both."""
+    folder = shared_run.make_model(tmp_path / "model", "qwen2_5_vl")
+    alone = shared_rollout.roll(Peers(), folder, seed, RolloutConfig(), 2, 8).tokens
+    for whole in (True, False):
+        (first, shared), (second, also) = pool(2).run(shared_rollout.together, folder, seed, 2, 8, whole)
+        assert shared == also == (not whole)
+        assert first == second
+        assert sum(mine == right for mine, right in zip(first, alone, strict=True)) >= len(alone) - 1
+
+
 def test_parts_merge_to_the_whole(seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, 2, 7, generator=generator, dtype=torch.float64) * 30

@@ -51,8 +51,8 @@ def test_ten_steps_end_at_the_same_weights(tmp_path, pool, seed, size, ways):
             assert torch.equal(other.weights[name], every[0].weights[name]), name
         error, moved = every[0].weights[name] - right, right - alone.start[name]
         assert float(error.abs().max()) < 1e-4, name
-        assert float(error.norm()) <= 0.05 * float(moved.norm()), name
-    for key in ("loss", "kl", "entropy", "tokens", "tokens_logical"):
+        assert float(error.norm()) < 0.05 * float(moved.norm()) or torch.equal(error, moved), name  # frozen: no move
+    for key in ("loss", "kl", "entropy", "tokens", "tokens_trained", "tokens_logical"):
         together = sum(getattr(one.stats, key) for one in every)
         assert together == pytest.approx(getattr(alone.stats, key), rel=1e-3, abs=1e-6), key
     shares = [one.stats.tokens_trained for one in every]

@@ -82,7 +82,7 @@ def test_what_processes_share_is_not_done_again():
         raise MemoryError
 
     calls = []
-    with pytest.raises(SetupError, match=r"VRLT-E05 .*processes share, each with 33 tokens") as caught:
+    with pytest.raises(SetupError, match=r"VRLT-E05 .*2 processes share, each with 33 tokens") as caught:
         fitting(run, [group(10, [5] * 8), group(4, [3] * 4)], 64, 0, undo=lambda: None, sp=2)
     assert calls == [0]
     assert "train.micro_tokens = 16" in caught.value.problems[0].fix

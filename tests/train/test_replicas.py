@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from vrlt_fast.config import ParallelConfig
 from vrlt_fast.config_load import dump_toml
-from vrlt_fast.errors import ConfigError
+from vrlt_fast.errors import ConfigError, Stopped
 from vrlt_fast.parallel import launch
+from vrlt_fast.parallel.mesh import check_shard, join
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.train.setup import read_inputs
 from vrlt_fast.train.trainer import train
@@ -121,6 +125,28 @@ def test_several_processes_train_as_one_does(start, tmp_path, mesh, later):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_shards_of_bf16_weights_resume_bit_by_bit(start, tmp_path):
+    """With the probe before the first step, which leaves nothing; states in bf16, in host memory."""
+    more = {"model": {"dtype": "bfloat16"}, "checkpoint": {"every": 1, "keep": 5}, "eval": {"start": False}}
+    more |= {"optim": {**RUN["optim"], "states": "bfloat16", "offload": True}}
+    probed = {**more, "train": {"probe": "on"}}
+    one, two = start("one", 2, shard=2, **more), start("two", 2, shard=2, **probed)
+    done(one)
+    out, _ = done(two)
+    assert "probe: 3 responses of 6 tokens" in out
+    whole, other = tmp_path / "one", tmp_path / "two"
+    for name in ("grpo-final", "sft-final", "sft-000002"):
+        shutil.rmtree(other / "checkpoints" / name, ignore_errors=True)
+    for path in (other / "checkpoints").glob("grpo-*"):
+        shutil.rmtree(path)
+    done(start("two", 2, "--resume", shard=2, **probed))
+    for stage in ("sft", "grpo"):
+        ours, theirs = weights(other, stage), weights(whole, stage)
+        assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_one_group_is_rolled_out_by_all(start, tmp_path):
     """Fewer prompts than processes: the prompt's keys and values are shared, and the run is that of one process."""
     more = {"rollout": {**RUN["rollout"], "prompts": 1}, "model": {"freeze_vision": True}}
@@ -169,10 +195,39 @@ def test_processes_without_work_are_refused(make_config):
     ("section", "key", "value"),
     [("rollout", "engine", "vllm"), ("train", "prefix", "replicated"), ("train", "verify_shared_prefix", "first_step")],
 )
-def test_what_does_not_share_sequences_is_refused(make_config, section, key, value):
+@pytest.mark.parametrize("parallel", [{"sp": 2}, {"replicas": 2, "shard": 2}], ids=str)
+def test_what_does_not_share_passes_is_refused(make_config, parallel, section, key, value):
     with pytest.raises(ConfigError, match=f"goes with {section}.{key} = ") as caught:
-        read_inputs(make_config(parallel={"sp": 2}, **{section: {key: value}}))
+        read_inputs(make_config(parallel=parallel, **{section: {key: value}}))
     assert caught.value.problems[0].where == f"{section}.{key}"
+
+
+def test_adapters_have_no_shards(make_config):
+    pytest.importorskip("peft")
+    with pytest.raises(ConfigError, match=r"parallel\.shard = 2 goes with lora\.rank = 0 only"):
+        read_inputs(make_config(parallel={"replicas": 2, "shard": 2}, lora={"rank": 2}))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "sp", "shard", "fits"),
+    [(2, 2, 3, "1, 2, 4"), (3, 1, 2, "1, 3"), (2, 3, 2, "1, 3, 6"), (1, 4, 2, "1, 4"), (1, 1, 2, "1")],
+)
+def test_numbers_that_share_no_weights_are_refused_with_those_that_do(replicas, sp, shard, fits):
+    with pytest.raises(ConfigError) as caught:
+        check_shard(replicas, sp, shard)
+    assert caught.value.problems[0].fix == f"set parallel.shard to one of {fits}"
+    for number in map(int, fits.split(", ")):
+        check_shard(replicas, sp, number)
+
+
+def test_a_process_that_never_comes_is_waited_for_as_long_as_said(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(Stopped, match=r"VRLT-S04 .*didn't come to: the start of all processes"):
+        join("cpu", ParallelConfig(replicas=2, wait=0.01))
 
 
 @pytest.mark.timeout(300)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -80,7 +81,8 @@ def _start(words: Sequence[str], rank: int, world: int, port: int, folder: Path)
 def tell(text: str) -> None:
     """Leave what this process ends with to the launcher, where there is one."""
     if TOLD in os.environ:
-        Path(os.environ[TOLD]).write_text(text, encoding="utf-8")
+        with suppress(OSError):  # the launcher has gone; it was printed all the same
+            Path(os.environ[TOLD]).write_text(text, encoding="utf-8")
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]], codes: Sequence[int | None], folder: Path) -> int:

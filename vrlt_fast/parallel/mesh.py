@@ -35,6 +35,11 @@ class Mesh:
         """The processes that make equally many passes, as they gather weights in them, where they wouldn't anyway."""
         return self.everyone if self.weights is not None and self.replicas.world > 1 else Replicas()
 
+    @property
+    def in_passes(self) -> int:
+        """How many processes make all passes together."""
+        return self.peers.size if self.weights is None else self.everyone.world
+
     def first_alone(self, call: Callable[[], None]) -> None:
         """What the first process does for all; the others wait for it."""
         if self.first:

@@ -62,8 +62,6 @@ def _widen(unit: nn.Module, ignored: set[nn.Parameter], made: dict[nn.Parameter,
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter in ignored or parameter.dtype.itemsize >= 4:
                 continue
-            if isinstance(parameter, DTensor):
-                continue
             if parameter not in made:
                 made[parameter] = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
             setattr(part, name, made[parameter])

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -32,7 +33,6 @@ class GroupEngine:
     """Rollouts on the weights of ``lm``, which may change between calls. ``cache``: of a frozen tower's embeddings."""
 
     decoder_type = Decoder
-    call_type: type[Call]
 
     def __init__(self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None):
         self.lm, self.config, self.cache = lm, config or RolloutConfig(), cache
@@ -62,7 +62,7 @@ class GroupEngine:
         self.lm.module.eval()
         try:
             held = vision or self.cache
-            return self.call_type(self.lm, self.config, held, self._room(requests), requests, on_group).run()
+            return self._call(held, self._room(requests), requests, on_group).run()
         finally:
             self.lm.module.train(training)
 
@@ -126,6 +126,9 @@ class GroupEngine:
     def _plan(self, shape: KvShape, work: Sequence[Resident], length: int, budget: int) -> KvPlan:
         prefixes, rows = [len(r.prompt) for r in work], [len(r.waiting) for r in work]
         return plan_kv(shape, prefixes, rows, length, budget=budget, max_rows=self.config.max_rows)
+
+    def _call(self, *given: Any) -> Call:
+        return Call(self.lm, self.config, *given)
 
     def _decoder_of(self, shape: KvShape, plan: KvPlan) -> Decoder:
         return self.decoder_type(self.lm, KvStore(shape, plan), graphs=self.config.cuda_graphs)
@@ -330,9 +333,6 @@ class Call:
         group = self.collector.add(row, self.ending.completion(row))
         if group is not None and self.on_group:
             self.on_group(group)
-
-
-GroupEngine.call_type = Call
 
 
 def generate(lm: VideoLM, requests: Sequence[RolloutRequest]) -> tuple[list[Group], RolloutStats]:

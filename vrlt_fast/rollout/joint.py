@@ -209,8 +209,6 @@ class JointCall(Call):
 class JointEngine(GroupEngine):
     """As :class:`GroupEngine`, for ``peers`` that call it together with the same requests: all get all groups."""
 
-    call_type = JointCall
-
     def __init__(
         self, lm: VideoLM, config: RolloutConfig | None = None, cache: EmbeddingCache | None = None, *, peers: Peers
     ):
@@ -225,6 +223,9 @@ class JointEngine(GroupEngine):
     def _budget_of(self, shape: KvShape) -> int:
         """The least of all: they take the same prompts in, and rows."""
         return min(self.peers.objects(super()._budget_of(shape)))
+
+    def _call(self, *given: Any) -> JointCall:
+        return JointCall(self.lm, self.config, *given)
 
     def _decoder_of(self, shape: KvShape, plan: KvPlan) -> Decoder:
         return JointDecoder(self.lm, SharedStore(shape, plan, self.peers.size), self.peers)

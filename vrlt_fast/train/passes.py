@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from vrlt_fast.config import Config
 from vrlt_fast.model.language import target_logprobs
 from vrlt_fast.model.layout import GroupLayout, Row, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
@@ -19,6 +20,7 @@ from vrlt_fast.model.sharded import ShardedLM
 from vrlt_fast.model.staged import StagedPrompt
 from vrlt_fast.model.staged_sequence import SharedStagedPrompt
 from vrlt_fast.model.vision import Embeddings, VisionEmbeds, shared_vision
+from vrlt_fast.parallel.mesh import Mesh
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.train.plan import MicroBatch, Unit, update_units
@@ -33,7 +35,7 @@ class How:
 
     ``prefix``: "replicated" computes a prompt once a response, to check that the shared one is the same. ``peers``:
     processes with the same groups that share every pass, each with its rows, by ``method``; ``micro_tokens`` is then
-    what each of them computes. ``owners``: processes that share the weights, and so make equally many passes.
+    what each of them computes. ``in_step``: processes that gather weights in their passes, and so make equally many.
     """
 
     temperature: float
@@ -42,14 +44,21 @@ class How:
     prefix: Prefix = "shared"
     peers: Peers = field(default_factory=Peers)
     method: Method = "gather_kv"
-    owners: Replicas = field(default_factory=Replicas)
+    in_step: Replicas = field(default_factory=Replicas)
+
+    @staticmethod
+    def of(config: Config, mesh: Mesh, micro_tokens: int) -> How:
+        """That of a run's GRPO updates."""
+        train, temperature = config.train, config.rollout.temperature
+        more = (train.prefix, mesh.peers, config.parallel.sequence, mesh.in_step)
+        return How(temperature, train.micro_rows, micro_tokens, *more)
 
     def rounds(self, scored: Sequence[ScoredGroup]) -> list[tuple[Unit, int]]:
         """What goes through together, with the number of passes that the process with most of them makes then; empty
         units where others have more.
         """
-        units = sorted(self.units(scored), key=len, reverse=True) if self.owners.world > 1 else self.units(scored)
-        passes = most_by_place(self.owners.gather([len(unit) for unit in units]))
+        units = sorted(self.units(scored), key=len, reverse=True) if self.in_step.world > 1 else self.units(scored)
+        passes = most_by_place(self.in_step.gather([len(unit) for unit in units]))
         return list(zip([*units, *([] for _ in passes[len(units) :])], passes, strict=True))
 
     def units(self, scored: Sequence[ScoredGroup]) -> list[Unit]:

@@ -74,13 +74,14 @@ def fitting(
     *,
     undo: Callable[[], None],
     sp: int = 1,
-    again: bool = True,
+    together: int = 1,
 ) -> tuple[T, int, int]:
     """``run(micro_tokens)``; where memory runs out, ``undo()`` and once more with half of the largest micro-batch.
 
     Args:
         sp: processes that share a pass.
-        again: whether there may be a second time. Not with ``sp`` > 1 either: others wait in the middle of the first.
+        together: processes that make all passes together. With several, of either kind, there is no second time: others
+            wait in the middle of the first.
 
     Returns:
         what it returned, the limit it ran with, and how often memory ran out.
@@ -100,9 +101,10 @@ def fitting(
         undo()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if sp > 1 or not again:
+        processes = max(sp, together)
+        if processes > 1:
             before = largest(update_units(scored, micro_rows, micro_tokens * sp)) // sp
-            what = f"out of memory in an update that processes share, each with {before} tokens of a micro-batch"
+            what = f"out of memory in an update that {processes} processes share, each with {before} tokens of a micro-batch"
             fix = f"set train.micro_tokens = {max(before // 2, 1)} or train.recompute = true, or raise parallel.sp"
             raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))
         before = largest(update_units(scored, micro_rows, micro_tokens))

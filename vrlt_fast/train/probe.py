@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -65,8 +64,7 @@ def probe_step(
         vision = StepVision(lm, peers) if trained else None
         if vision is not None:  # it holds the clips of the whole step
             vision.take(clip for s in scored for clip in s.group.request.prompt.media)
-        method, together = config.parallel.sequence, mesh.in_step
-        how = How(config.rollout.temperature, rows, tokens, config.train.prefix, peers, method, together)
+        how = How.of(config, mesh, tokens)
         (first, *_) = how.units(scored)
         stats = grpo_backward(lm, reference, scored[: len(first[0])], config.grpo, how, held=vision)
         if isinstance(lm, ShardedPolicy):
@@ -75,8 +73,8 @@ def probe_step(
         return stats
 
     try:
-        alone: dict[str, Any] = {"sp": peers.size, "again": mesh.weights is None}
-        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, **alone)
+        together = {"sp": peers.size, "together": mesh.in_passes}
+        _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, **together)
     finally:
         optimizer.clear()
         load_rng_tensors(before)

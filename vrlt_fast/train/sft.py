@@ -82,7 +82,7 @@ def sft_backward(
         raise ValueError("a narration has a clip that no prompt has")
     answer_loss, caption_loss, tokens = 0.0, 0.0, 0
     chunks = by_clip(prompts, how.micro_rows)
-    most = max(how.owners.gather(len(chunks)))
+    most = max(how.in_step.gather(len(chunks)))
     for chunk in chunks:
         told = [left.pop(key) for key in dict.fromkeys(prompts[g[0]].clip.key for g in chunk) if key in left]
         firsts = [*(prompts[group[0]] for group in chunk), *(prompt for prompt, _ in told)]

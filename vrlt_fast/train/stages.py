@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from vrlt_fast.config import Config
 from vrlt_fast.data.sample import Sample
@@ -80,13 +81,7 @@ class SftStage:
         size = SftSize(*map(int, self._mesh.replicas.sum([own.answers, own.captions])))
         if size.answers:
             with clock.phase("update"):
-                how = How(
-                    1.0,
-                    config.train.micro_rows,
-                    peers=self._mesh.peers,
-                    method=config.parallel.sequence,
-                    owners=self._mesh.in_step,
-                )
+                how = replace(How.of(config, self._mesh, 0), temperature=1.0)
                 part = sft_backward(self.lm, prompts, answers, how, told, sft.narration, self._cache, size=size)
                 loss, captions, tokens = self._mesh.everyone.sum([part.answers, part.captions, part.tokens])
                 norm = take_step(self.lm, self.optimizer, self._mesh, loss, lr, config.optim.grad_clip)
@@ -283,15 +278,7 @@ class GrpoStage:
 
         def run(tokens: int) -> UpdateStats:
             nonlocal old
-            how = How(
-                config.rollout.temperature,
-                rows,
-                tokens,
-                config.train.prefix,
-                peers,
-                config.parallel.sequence,
-                self._mesh.in_step,
-            )
+            how = How.of(config, self._mesh, tokens)
             held = vision or self._cache
             if config.grpo.updates > 1 and old is None:
                 old = score_old(self.lm, active, how, held)
@@ -306,7 +293,7 @@ class GrpoStage:
 
         reference_seconds = 0.0
         for _ in range(config.grpo.updates):
-            together: dict[str, Any] = {"sp": peers.size, "again": self._mesh.weights is None}
+            together = {"sp": peers.size, "together": self._mesh.in_passes}
             stats, self._micro_tokens, failed = fitting(run, active, rows, self._micro_tokens, undo=undo, **together)
             self._out_of_memory += failed
             (loss,) = everyone.sum([stats.loss])

@@ -101,10 +101,10 @@ def fitting(
         undo()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        processes = max(sp, together)
-        if processes > 1:
+        many = max(sp, together)
+        if many > 1:
             before = largest(update_units(scored, micro_rows, micro_tokens * sp)) // sp
-            what = f"out of memory in an update that {processes} processes share, each with {before} tokens of a micro-batch"
+            what = f"out of memory in an update that {many} processes share, each with {before} tokens of a micro-batch"
             fix = f"set train.micro_tokens = {max(before // 2, 1)} or train.recompute = true, or raise parallel.sp"
             raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))
         before = largest(update_units(scored, micro_rows, micro_tokens))

@@ -20,22 +20,26 @@ def even_cuts(pairs: int, size: int) -> Cuts:
 
 
 def decoding_cuts(index: VideoIndex, frames: Sequence[int], size: int) -> Cuts:
-    """Even ones, but that no cut makes a decoder give more than half a GOP twice: one that lies in the second half of a
-    GOP moves to its end.
+    """Even ones, but that no cut makes decoders give more than half a GOP twice: one that would moves on, at most to
+    the next GOP that has frames of one side alone.
 
     Args:
         frames: of the clip, two a pair.
     """
-    cuts, firsts = list(even_cuts(len(frames) // TUBELET, size)), np.asarray(frames[::TUBELET])
-    rows = frame_rows(index)
-    keys = np.flatnonzero((rows >= 0) & index.packets.key[rows])
+    pairs = len(frames) // TUBELET
+    cuts, rows = list(even_cuts(pairs, size)), frame_rows(index)
+    inner = np.flatnonzero((rows >= 0) & index.packets.key[rows])
+    keys = np.unique([0, *inner, index.n_frames])  # where GOPs begin, and the end
     for rank in range(1, size):
         cut = cuts[rank]
-        if 0 < cut < len(firsts) and len(keys):
-            place = int(np.searchsorted(keys, firsts[cut], side="right"))
-            begin = int(keys[place - 1]) if place else 0
-            end = int(keys[place]) if place < len(keys) else index.n_frames
-            if 2 * (frames[TUBELET * cut - 1] + 1 - begin) > end - begin:
-                cut = int(np.searchsorted(firsts, end))
+        while 0 < cut < pairs and _costs_much(frames[TUBELET * cut - 1], frames[TUBELET * cut], keys):
+            cut += 1
         cuts[rank] = max(cut, cuts[rank - 1])
     return tuple(cuts)
+
+
+def _costs_much(last: int, first: int, keys: np.ndarray) -> bool:
+    """Whether more than half of the GOP of ``first`` is decoded up to ``last``, and again for ``first``."""
+    place = int(np.searchsorted(keys, first, side="right"))
+    begin, end = int(keys[place - 1]), int(keys[place])
+    return 2 * (last + 1 - begin) > end - begin

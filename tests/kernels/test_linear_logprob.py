@@ -146,8 +146,8 @@ def test_no_live_row_is_a_zero_with_gradients(generator):
 
 
 def test_chunks_and_runs(generator):
-    """Eight chunks equal one to fp32 rounding of the largest value: sums cancel, and a small one has the rounding of what
-    it is made of. Two runs are equal.
+    """Eight chunks equal one to fp32 rounding of the largest value: sums cancel, and a small one rounds as what
+    it is made of does. Two runs are equal.
     """
     head = Head(generator, rows=32, vocab=500)
     upstream = [torch.randn(32, generator=generator), None]

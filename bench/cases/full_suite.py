@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ def run(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "not gpu", f"--junitxml={xml}"]
-        subprocess.run([*command, *(options.pytest or ["-n", "2", "--dist", "loadgroup"])], cwd=ROOT, check=False)
+        command += options.pytest or ["-n", "2", "--dist", "loadgroup"]
+        subprocess.run(command, cwd=ROOT, check=False, env={"VRLT_TEST_SEED": "random", **os.environ})
         if not xml.exists():
             raise BenchError("pytest ended without a report")
         records = records_from(xml)

@@ -198,9 +198,7 @@ def test_unknown_case_and_help(project):
     assert bench(project, "--help").returncode == 0
 
 
-def test_quantiles_of_any_values():
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
+def test_quantiles_of_any_values(seed):
     rng = random.Random(seed)
     for _ in range(200):
         values = [rng.choice([rng.gauss(0, 1e6), rng.random(), 0.1]) for _ in range(rng.randrange(1, 9))]

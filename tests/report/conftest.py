@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -258,14 +257,6 @@ def write_run(folder: Path, seed: int, *, questions: int = 48, sft: int = 60, gr
     }
     (folder / "versions.json").write_text(json.dumps(versions), "utf-8")
     return folder
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh for every run; printed, so that a failure can be repeated with VRLT_TEST_SEED."""
-    value = int(os.environ.get("VRLT_TEST_SEED") or random.SystemRandom().randrange(2**32))
-    print(f"seed {value} (repeat with VRLT_TEST_SEED={value})")
-    return value
 
 
 @pytest.fixture

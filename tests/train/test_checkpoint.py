@@ -77,16 +77,10 @@ def same_weights(a, b) -> bool:
     return all(torch.equal(t, theirs[n]) and t.dtype == theirs[n].dtype for n, t in a.state_dict().items())
 
 
-def new_seed() -> int:
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
-    return seed
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_pretrained_opens_it_bitwise(tmp_path, tied, dtype):
-    model = tiny_model(new_seed(), tied=tied, dtype=dtype)
+def test_from_pretrained_opens_it_bitwise(tmp_path, tied, dtype, seed):
+    model = tiny_model(seed, tied=tied, dtype=dtype)
     folder = tmp_path / "checkpoints" / "sft-final"
     save(folder, model)
     opened, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -102,8 +96,7 @@ def test_from_pretrained_opens_it_bitwise(tmp_path, tied, dtype):
     assert config["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_weights_load_in_place_also_into_an_opened_model(tmp_path):
-    seed = new_seed()
+def test_weights_load_in_place_also_into_an_opened_model(tmp_path, seed):
     model, folder = tiny_model(seed), tmp_path / "checkpoints" / "sft-000001"
     save(folder, model)
     fresh = tiny_model(seed + 1)
@@ -122,9 +115,8 @@ def test_weights_load_in_place_also_into_an_opened_model(tmp_path):
     assert same_weights(model, opened)
 
 
-def test_large_models_are_split_over_files(tmp_path, monkeypatch):
+def test_large_models_are_split_over_files(tmp_path, monkeypatch, seed):
     monkeypatch.setattr(tensor_files, "FILE_BYTES", 100_000)
-    seed = new_seed()
     model, folder = tiny_model(seed), tmp_path / "checkpoints" / "sft-final"
     save(folder, model, tensors={str(i): torch.randn(20_000) for i in range(4)})
     assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -135,8 +127,8 @@ def test_large_models_are_split_over_files(tmp_path, monkeypatch):
     assert same_weights(model, fresh)
 
 
-def test_trainer_tensors_and_state_come_back_bitwise(tmp_path):
-    torch.manual_seed(new_seed())
+def test_trainer_tensors_and_state_come_back_bitwise(tmp_path, seed):
+    torch.manual_seed(seed)
     big = torch.randn(6, 8)
     tensors = {
         "scalar": torch.randn(()),
@@ -186,8 +178,7 @@ def test_folder_holds_no_pickle_no_code_and_no_foreign_weights(tmp_path):
     assert files.keys() - {"COMMIT.json"} == json.loads(files["COMMIT.json"])["files"].keys()
 
 
-def test_optimizer_continues_bitwise(tmp_path):
-    seed = new_seed()
+def test_optimizer_continues_bitwise(tmp_path, seed):
     model = tiny_model(seed)
     names = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([p for n, p in names.items() if "visual" not in n], lr=1e-3)
@@ -240,8 +231,7 @@ def test_optimizer_without_state_and_with_foreign_state():
         assert not fresh.state
 
 
-def test_random_states_come_back():
-    seed = new_seed()
+def test_random_states_come_back(seed):
     random.seed(seed)
     torch.manual_seed(seed)
     random.gauss(0, 1)
@@ -254,8 +244,8 @@ def test_random_states_come_back():
         ck.load_rng_tensors({"rng/python": saved["rng/python"]})
 
 
-def test_every_kind_of_damage_is_named_with_the_way_on(tmp_path):
-    rng = random.Random(new_seed())
+def test_every_kind_of_damage_is_named_with_the_way_on(tmp_path, seed):
+    rng = random.Random(seed)
     good, bad = tmp_path / "checkpoints" / "sft-000001", tmp_path / "checkpoints" / "sft-000002"
     model = tiny_model(rng.randrange(2**31))
     save(good, model)
@@ -292,8 +282,8 @@ def test_every_kind_of_damage_is_named_with_the_way_on(tmp_path):
     assert "no other checkpoint" in caught.value.problems[0].fix
 
 
-def test_flipped_manifest_never_passes_for_another_checkpoint(tmp_path):
-    rng = random.Random(new_seed())
+def test_flipped_manifest_never_passes_for_another_checkpoint(tmp_path, seed):
+    rng = random.Random(seed)
     folder = tmp_path / "checkpoints" / "sft-final"
     save(folder, tiny_model(0), state={"step": 3})
     manifest = folder / "COMMIT.json"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -148,10 +147,8 @@ for name in ("sft-000002", "sft-000001"):
 """
 
 
-def test_sigkill_at_every_file_operation_leaves_the_old_or_the_new_one(tmp_path):
+def test_sigkill_at_every_file_operation_leaves_the_old_or_the_new_one(tmp_path, seed):
     """Once with the new checkpoint beside the old one, once replacing it."""
-    seed = random.SystemRandom().randrange(2**31)
-    print("seed", seed)
     result = child(KILL_AT_EVERY_FILE_OPERATION, tmp_path / "checkpoints", seed)
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines()[-2:]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -278,9 +277,8 @@ def studio(tmp_path: Path, seed: int) -> Studio:
 
 
 @pytest.fixture(scope="session")
-def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
-    seed = int(os.environ.get("VRLT_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    return Kinds(tmp_path_factory.mktemp("kinds"), seed)
+def all_kinds(tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Kinds:
+    return Kinds(tmp_path_factory.mktemp("kinds"), session_seed)
 
 
 @pytest.fixture

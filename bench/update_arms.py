@@ -10,7 +10,8 @@ from functools import partial
 import torch
 
 from bench.rollout_arms import make_model, make_prompt
-from vrlt_fast.config import GrpoConfig, PromptConfig
+from vrlt_fast.config import PromptConfig
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.model.load import VideoLM, enable_recompute
 from vrlt_fast.model.prompt import Prompt

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from vrlt_fast.cli import eval_config, main
+from vrlt_fast.cli import main
 from vrlt_fast.cli_args import parse
+from vrlt_fast.cli_eval import eval_config
 from vrlt_fast.config_load import dump_toml, load_config
 from vrlt_fast.errors import ConfigError
 from vrlt_kernels import availability

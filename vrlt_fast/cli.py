@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from vrlt_fast.cli_args import Command, parse, usage
-from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VrltError
+from vrlt_fast.cli_common import read_config
+from vrlt_fast.cli_data import data_check, data_demo
+from vrlt_fast.cli_eval import run_eval
+from vrlt_fast.errors import ConfigError, Problem, SetupError, VrltError
 
 if TYPE_CHECKING:
-    from vrlt_fast.config import Config
-    from vrlt_fast.report.console import Console
+    pass
 
 _SHOWN = 50  # problems on the console; vrlt data check prints all
-_RESOLVED = "config.resolved.toml"
 _TRAIN_PACKAGES = {"av", "numpy", "pydantic", "rich", "safetensors", "tomli_w", "torch", "transformers"}
 
 
@@ -73,7 +72,7 @@ def _run(words: list[str]) -> int:
 
 
 def _train(command: Command) -> int:
-    config = _config(command.flags.files, command.overrides, "train")
+    config = read_config(command.flags.files, command.overrides, "train")
     if command.flags.resume and command.flags.dry_run:
         raise ConfigError(Problem("VRLT-C04", "--resume and --dry-run exclude each other", fix="leave one out"))
     from vrlt_fast.parallel.launch import launch, started
@@ -91,7 +90,7 @@ def _train(command: Command) -> int:
 
 
 def _check(command: Command) -> int:
-    config = _config(command.flags.files, command.overrides, "train")
+    config = read_config(command.flags.files, command.overrides, "train")
     from vrlt_fast.train.fit import check_fits, fit_of, report
     from vrlt_fast.train.setup import read_inputs
 
@@ -100,125 +99,6 @@ def _check(command: Command) -> int:
     sys.stdout.write(report(config, inputs, found))
     check_fits(found)
     return 0
-
-
-def _config(names: Sequence[str], overrides: dict[str, str], verb: str) -> Config:
-    from vrlt_fast.config_load import load_config
-    from vrlt_fast.recipe import find_file
-
-    return load_config([find_file(name) for name in names], overrides, verb="train" if verb == "train" else "eval")
-
-
-def _eval(command: Command) -> int:
-    flags = command.flags
-    config = eval_config(flags.model, flags.data, flags.config, command.overrides)
-    from vrlt_fast.evals.run import evaluate_folder
-    from vrlt_fast.report.console import Console
-
-    console = Console()
-    out = Path(flags.out) if flags.out else None
-    if out is not None and not out.parent.is_dir():  # known before an hour of evaluation rather than after it
-        raise SetupError(Problem("VRLT-R02", "no such folder", str(out.parent), fix=f"mkdir -p {out.parent}"))
-    with _Bar(console, "evaluate") as bar:
-        metrics = evaluate_folder(config, out, bar)
-    console.eval_table([{"label": Path(flags.model).name, "metrics": metrics}])
-    if out is not None:
-        console.message(f"predictions: {out}")
-    return 0
-
-
-def eval_config(model: str, data: str | None, files: Sequence[str], overrides: dict[str, str]) -> Config:
-    """The configuration of ``vrlt eval``: a checkpoint's run < files < overrides, with MODEL_DIR and --data on top."""
-    from vrlt_fast.config_load import load_config
-
-    own = Path(model).resolve().parent
-    resolved = own.parent / _RESOLVED
-    from_run = [str(resolved)] if own.name == "checkpoints" and resolved.is_file() else []
-    given = {**overrides, "model.name": model}
-    if data is not None:
-        given["data.eval"] = data
-        if from_run and not files and "data.root" not in overrides:
-            before = load_config([resolved]).data.eval
-            # The run's root belongs to the run's file; another file brings its own folder.
-            if not before or Path(before).resolve() != Path(data).resolve():
-                given["data.root"] = ""
-    return _config([*from_run, *files], given, "eval")
-
-
-class _Bar:
-    """A ``progress(done, total)`` that opens the console's bar with its first call."""
-
-    def __init__(self, console: Console, description: str):
-        self._console, self._description = console, description
-        self._stack = ExitStack()
-        self._advance: Callable[[int], None] | None = None
-        self._done = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._advance is None:
-            self._advance = self._stack.enter_context(self._console.progress(self._description, total))
-        self._advance(done - self._done)
-        self._done = done
-
-
-def _data_demo(command: Command) -> int:
-    from vrlt_fast.report.console import Console
-
-    flags = command.flags
-    for name in ("train_clips", "heldout_clips"):
-        if getattr(flags, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(Problem("VRLT-C02", f"{flag} is {getattr(flags, name)}; needs 1 or more", "command line"))
-    out, console = Path(flags.out), Console()
-    from vrlt_fast.data.demo import build_demo
-    from vrlt_fast.files import storage_errors
-
-    with storage_errors(out):
-        # An interrupt between the two steps leaves the data without the model: only the model is made then.
-        if not (out / "train.jsonl").is_file() or (out / "tiny-model").exists():
-            with _Bar(console, "make videos") as bar:
-                build_demo(
-                    out, seed=flags.seed, train_clips=flags.train_clips, heldout_clips=flags.heldout_clips, progress=bar
-                )
-        _tiny_model(out, flags.seed)
-    console.message(f"{out}: train.jsonl, heldout.jsonl, videos/, tiny-model/")
-    return 0
-
-
-def _tiny_model(out: Path, seed: int) -> None:
-    from vrlt_fast.model.tiny import build_tiny
-
-    aside = out / "tiny-model.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    build_tiny(aside, train_jsonl=out / "train.jsonl", seed=seed)
-    aside.rename(out / "tiny-model")
-
-
-def _data_check(command: Command) -> int:
-    flags = command.flags
-    if (flags.config or command.overrides) and not flags.decode:
-        raise ConfigError(Problem("VRLT-C04", "a configuration says which frames to decode", fix="add --decode"))
-    video = _config(flags.config, command.overrides, "eval").video if flags.decode else None
-    from vrlt_fast.data.quarantine import write_quarantine
-    from vrlt_fast.report.console import Console
-    from vrlt_fast.video.check import check_dataset
-
-    console = Console()
-    with _Bar(console, "decode videos" if video else "open videos") as bar:
-        report = check_dataset(flags.file, flags.root, decode=video, progress=bar)
-    sys.stdout.write("".join(f"{problem}\n" for problem in report.problems) + report.summary() + "\n")
-    if flags.quarantine and Path(flags.file).is_file():
-        count = write_quarantine(Path(flags.quarantine), Path(flags.file), report.rejected)
-        sys.stdout.write(
-            f"{flags.quarantine}: {count} lines; leave them out with --data.quarantine {flags.quarantine}\n"
-        )
-    return 0 if report.ok else DataError(report.problems).exit_code
 
 
 def _report(command: Command) -> int:
@@ -292,10 +172,10 @@ def _recipe_cp(command: Command) -> int:
 
 _COMMANDS: dict[str, Callable[[Command], int]] = {
     "train": _train,
-    "eval": _eval,
+    "eval": run_eval,
     "check": _check,
-    "data demo": _data_demo,
-    "data check": _data_check,
+    "data demo": data_demo,
+    "data check": data_check,
     "report": _report,
     "export": _export,
     "doctor": _doctor,

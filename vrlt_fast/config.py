@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from vrlt_fast.config_base import Count, Positive, Section, Share
+from vrlt_fast.config_rl import GrpoConfig, JudgeConfig, RewardConfig, ScorerConfig, SelectConfig, SftConfig
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     name: str = ""
     """Folder of an HF model (config.json, safetensors, tokenizer), or a hub name that is in the local HF cache."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -29,7 +24,7 @@ class ModelConfig(_Section):
     """Keep the vision tower and its merger at their loaded weights."""
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     rank: Count = 0
     """Rank of low-rank adapters beside linear layers of the language model, through the package peft; its other weights
     are frozen then. 0: none."""
@@ -39,20 +34,26 @@ class LoraConfig(_Section):
     """Names of the layers with adapters."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     train: str = ""
     """JSONL file of training samples (docs/data.md)."""
     eval: str = ""
     """JSONL file of held-out samples; empty: no evaluation."""
     root: str = ""
     """Folder that video paths are relative to, and may not leave; empty: the folder of the JSONL file."""
+    tasks: tuple[str, ...] = ()
+    """Train on samples of these tasks alone; empty: all."""
+    shuffle_options: bool = False
+    """Put the options of every question into an order of its own, fixed by train.seed (SEED-Bench-R1)."""
+    invert: Share = 0.0
+    """Share of the questions with options that are negated: what was wrong is right then (TW-GRPO), by train.seed."""
     quarantine: str = ""
     """List of lines of both files to leave out, as `vrlt data check FILE --quarantine OUT` writes it; empty: none."""
     max_failed_share: Share = 0.05
     """Stop with exit 3 when more than this share of the last 500 videos failed (and at least 3 did)."""
 
 
-class VideoConfig(_Section):
+class VideoConfig(Section):
     sampling: Literal["qwen_utils", "hf_qwen2", "hf_qwen3", "fps", "uniform", "keyframe", "jitter"] = "qwen_utils"
     """How frames are chosen: as qwen-vl-utils, transformers' Qwen2-VL or Qwen3-VL does; fps (exact multiples of
     1 / fps), uniform (always max_frames), keyframe (nearest ones), jitter (one at random of each equal part).
@@ -106,34 +107,27 @@ class VideoConfig(_Section):
         return self
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     video_layout: Literal["native", "interleaved"] = "native"
     """native: as the family was released: one block of video tokens, or with Qwen3-VL timestamps before frame pairs;
     interleaved: those timestamps for every family.
     """
     images: bool = True
     """Show the samples' images, before the video."""
+    grammar: Literal[
+        "plain", "temporal_r1", "video_r1", "videochat_r1", "tw_grpo", "seed_bench_r1", "video_thinker", "primo_r1",
+        "sole_r1", "stvg_r1", "scene_r1", "boxed",
+    ] = "plain"  # fmt: skip
+    """How responses look: what the prompt asks for, what the warm-up writes and what rewards read (docs/rewards.md)."""
+    draw_ids: bool = False
+    """Draw the numbers of the samples' instances on the frames, where their boxes are (STVG-R1)."""
     think: bool = True
     """Ask for reasoning inside think tags before the answer, and reward the tags."""
     system: str = ""
     """System message; empty: the chat template's own."""
 
 
-class SftConfig(_Section):
-    steps: Count = 0
-    """Optimizer steps of supervised warm-up on the training set's own answers."""
-    batch: Positive = 8
-    """Videos a step; all questions about a video go together and share its tokens."""
-    lr: Annotated[float, Field(gt=0.0)] = 1e-5
-    """Peak learning rate; linear warm-up, then cosine to 10 %."""
-    narration: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of a second loss: captions behind each frame pair, from the samples' timeline (interleaved layout only).
-    """
-    think_share: Share = 0.0
-    """Share of the questions with a reasoning that the warm-up asks with thinking though prompt.think is off."""
-
-
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     engine: Literal["group", "vllm"] = "group"
     """What samples: group (in process, on the model's own weights), vllm (docs/rollout.md; needs the package vllm)."""
     group_size: Annotated[int, Field(ge=1)] = 8
@@ -162,13 +156,13 @@ class RolloutConfig(_Section):
     """Prompt tokens in one pass of the prefill."""
 
 
-class KernelsConfig(_Section):
+class KernelsConfig(Section):
     layers: Literal["auto", "liger", "torch"] = "auto"
     """RMSNorm and SwiGLU: auto (compiled ones on a CPU, else the model's own), liger (on a GPU, the package
     liger-kernel), torch (the model's own)."""
 
 
-class EmbedCacheConfig(_Section):
+class EmbedCacheConfig(Section):
     gpu_gb: Annotated[float, Field(ge=0.0)] = 1.0
     """GPU memory for a frozen vision tower's embeddings, in GB (10^9 bytes); 0: none."""
     host_gb: Annotated[float, Field(ge=0.0)] = 4.0
@@ -179,7 +173,7 @@ class EmbedCacheConfig(_Section):
     """Folder on a local disk that keeps embeddings between runs; empty: one in the run folder."""
 
 
-class VllmConfig(_Section):
+class VllmConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     """Share of the GPU's memory for vLLM's copy of the weights and its cache; the trainer needs the rest."""
     max_model_len: Count = 0
@@ -190,44 +184,7 @@ class VllmConfig(_Section):
     """No torch.compile and no CUDA graphs: starts sooner, decodes slower."""
 
 
-class RewardConfig(_Section):
-    semantic: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of the discrete part: the option is right."""
-    temporal: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of the continuous part: tIoU of the predicted with the annotated spans."""
-    format: Annotated[float, Field(ge=0.0)] = 0.5
-    """Weight of the format part: the response follows the grammar of its task exactly."""
-    shuffle: bool = False
-    """Control experiment: hand each response the reward of another response of its group, at random."""
-
-
-class GrpoConfig(_Section):
-    steps: Count = 1000
-    """Optimizer steps of GRPO."""
-    lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    """Peak learning rate, after a linear warm-up."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: the peak, or cosine to 10 % of it at the last step."""
-    beta: Annotated[float, Field(ge=0.0)] = 0.01
-    """Weight of the k3 KL against the policy at the start of the stage; 0: no reference is kept."""
-    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: Annotated[float, Field(gt=0.0)] = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
-    updates: Positive = 1
-    """Optimizer steps a rollout (mu); above 1 the rollout's policy is scored once as the old one."""
-    scale: Literal["std", "none"] = "std"
-    """Divide the group's centred rewards by their standard deviation (GRPO) or not (Dr.GRPO)."""
-    reduction: Literal["token", "sequence"] = "token"
-    """Mean over all response tokens of the step, or over tokens of each response and then over responses."""
-    refill: Count = 0
-    """Dynamic sampling: at most so many further rollouts a step, of the next prompts, until rollout.prompts groups have
-    unequal rewards; groups with equal ones leave. 0: the step has the groups that it has."""
-    truncated: Literal["keep", "drop"] = "keep"
-    """Responses that reached max_new_tokens: trained like others, or left out of the loss (DAPO's over-long filter)."""
-
-
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     replicas: Positive = 1
     """Processes with the same weights on this machine, each with its share of a step's prompts, and a GPU each where
     there are some. Their number changes rounding alone."""
@@ -245,7 +202,7 @@ class ParallelConfig(_Section):
     run ends with VRLT-S04, which names what it waited for."""
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -262,7 +219,7 @@ class OptimConfig(_Section):
     memory isn't enough."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     out: str = "runs/run"
     """Run folder; must not exist, unless --resume."""
     stages: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
@@ -290,21 +247,21 @@ class TrainConfig(_Section):
     """Activation checkpointing: keep the inputs of layers alone, and compute the layers again in the backward pass."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every: Count = 50
     """Steps between checkpoints inside a stage; 0: only at the end of a stage. The end of a stage always writes one."""
     keep: Positive = 2
     """Checkpoints inside a stage that are kept; older ones are removed once a newer one is complete."""
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Writers beside metrics.jsonl and the console, each from a package of its own."""
     project: str = "vrlt"
     """Project name for trackio and wandb."""
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     samples: Count = 0
     """Held-out questions to use, spread over the tasks; 0: all."""
     start: bool = True
@@ -317,7 +274,7 @@ class EvalConfig(_Section):
     """Prompts in one evaluation batch."""
 
 
-class Config(_Section):
+class Config(Section):
     """The whole tree; the sections are the tables of a TOML file."""
 
     model: ModelConfig = ModelConfig()
@@ -331,6 +288,9 @@ class Config(_Section):
     embed_cache: EmbedCacheConfig = EmbedCacheConfig()
     vllm: VllmConfig = VllmConfig()
     reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    select: SelectConfig = SelectConfig()
     grpo: GrpoConfig = GrpoConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()

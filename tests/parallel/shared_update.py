@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tests.parallel import shared_run
-from vrlt_fast.config import GrpoConfig, ModelConfig, OptimConfig
+from vrlt_fast.config import ModelConfig, OptimConfig
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model
 from vrlt_fast.model.sharded import ShardedLM, ShardedPolicy
 from vrlt_fast.model.vision import StepVision

@@ -10,7 +10,8 @@ import torch
 
 from tests.train.test_lora import randomise
 from tests.train.test_step import T, gradients, same, scored_at_random
-from vrlt_fast.config import GrpoConfig, LoraConfig
+from vrlt_fast.config import LoraConfig
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.model import staged
 from vrlt_fast.model.layout import response_row
 from vrlt_fast.model.load import enable_recompute

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vrlt_fast.config import GrpoConfig, OptimConfig
+from vrlt_fast.config import OptimConfig
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.model.load import VideoLM, enable_recompute
 from vrlt_fast.model.vision import StepVision, normalise
 from vrlt_fast.rewards.dual import dual_reward

@@ -11,18 +11,26 @@ from itertools import pairwise
 from typing import Any
 
 from vrlt_fast.data.paths import Root, shorten
-from vrlt_fast.data.sample import LETTERS, TASKS, Box, Moment, Sample, Span
+from vrlt_fast.data.sample import (
+    LETTER_TASKS,
+    LETTERS,
+    SPAN_TASKS,
+    TASKS,
+    TEXT_TASKS,
+    Box,
+    Instance,
+    Moment,
+    Sample,
+    Span,
+)
 from vrlt_fast.errors import Problem
 
 FIELDS = (
     "id", "video", "duration", "task", "question", "options", "answer", "spans",
-    "images", "boxes", "object_id", "progress", "reasoning", "timeline",
+    "images", "boxes", "object_id", "progress", "instances", "difficulty", "source", "reasoning", "timeline",
 )  # fmt: skip
-_OF_TASK = {
-    "options": ("videoqa", "grounded_qa"),
-    "answer": ("videoqa", "grounded_qa"),
-    "spans": ("grounding", "grounded_qa"),
-}
+_OF_TASK = {"options": LETTER_TASKS, "answer": (*LETTER_TASKS, *TEXT_TASKS), "spans": SPAN_TASKS}
+_NEEDED = {"boxes": "boxes", "instance": "object_id", "progress": "progress"}
 _BOX = ("time", "x0", "y0", "x1", "y1")
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 _TAGS = re.compile(r"</?(?:think|answer|glue)>")
@@ -56,9 +64,12 @@ class Line:
             answer=self.answer(task),
             spans=self.spans(task, duration),
             images=self.images(),
-            boxes=self.boxes(duration),
-            object_id=self.object_id(),
-            progress=self.progress(),
+            boxes=self.boxes("boxes", self.fields.get("boxes", []), duration),
+            object_id=self.whole("object_id", self.fields.get("object_id")),
+            progress=self.share("progress"),
+            instances=self.instances(duration),
+            difficulty=self.share("difficulty"),
+            source=self.text("source") if "source" in self.fields else "",
             reasoning=self.reasoning(),
             timeline=self.timeline(duration),
             line=self.where,
@@ -114,6 +125,9 @@ class Line:
                 if value not in tasks and self.fields.get(name):
                     fix = f"remove it, or set task to {' or '.join(tasks)}"
                     self.report("VRLT-D11", f'"{name}" doesn\'t belong to task {value}', fix=fix)
+            needed = _NEEDED.get(value, "")
+            if needed and self.fields.get(needed) in (None, []):
+                self.report("VRLT-D03", f'field "{needed}" is missing', f"task {value} asks for it", f"add {needed}")
             return value
         if isinstance(value, str):
             self.report(
@@ -140,19 +154,34 @@ class Line:
     def answer(self, task: str) -> str:
         if task not in _OF_TASK["answer"]:
             return ""
+        if task in TEXT_TASKS:
+            return self.text_answer(task)
         value, options = self.fields.get("answer"), self.fields.get("options")
         if not isinstance(value, str):
-            self.wrong("answer", "the letter of an option")
+            self.wrong("answer", 'the letter of an option, or several: "A,C"')
             return ""
         count = min(len(options), len(LETTERS)) if isinstance(options, list) else len(LETTERS)
-        if len(value) != 1 or value not in LETTERS[:count]:
+        letters = value.split(",")
+        if len(value) > 2 * len(LETTERS) or letters != sorted(set(letters) & set(LETTERS[:count])):
             fix = ""
             if isinstance(options, list) and value in options[: len(LETTERS)]:
                 fix = f'give the letter: "{LETTERS[options.index(value)]}"'
             elif value.upper() in tuple(LETTERS[:count]):
                 fix = f'capital letter: "{value.upper()}"'
-            allowed = f"letters of the options: {LETTERS[:count]}"
+            allowed = f"letters of the options: {LETTERS[:count]}; several in their order, with commas"
             self.report("VRLT-D06", f"answer {shorten(value)} is not among the options", allowed, fix)
+        return value
+
+    def text_answer(self, task: str) -> str:
+        """Of a task without options."""
+        value = self.text("answer")
+        if value and task in ("number", "regression"):
+            try:
+                finite = math.isfinite(float(value.replace(",", "")))
+            except ValueError:
+                finite = False
+            if not finite:
+                self.report("VRLT-D03", f'"answer" is {shorten(value)}', f"task {task} wants a number, as a text")
         return value
 
     def spans(self, task: str, duration: float) -> tuple[Span, ...]:
@@ -192,25 +221,42 @@ class Line:
             return ()
         return tuple(self.confine(self.clean("images", path)) for path in value)
 
-    def boxes(self, duration: float) -> tuple[Box, ...]:
-        value = self.fields.get("boxes", [])
+    def boxes(self, field: str, value: object, duration: float) -> tuple[Box, ...]:
         if not isinstance(value, list):
-            self.wrong("boxes", "a list of boxes")
+            self.report("VRLT-D03", f'"{field}" has {shorten(value)}', "it must be a list of boxes")
             return ()
         boxes = []
         for item in value:
             numbers = [as_number(item.get(name)) for name in _BOX] if isinstance(item, dict) else [None]
             values = [number for number in numbers if number is not None]
             if len(values) != len(numbers) or len(item) != len(_BOX):
-                self.report("VRLT-D03", f'"boxes" has {shorten(item)}', "a box has the numbers " + ", ".join(_BOX))
+                self.report("VRLT-D03", f'"{field}" has {shorten(item)}', "a box has the numbers " + ", ".join(_BOX))
                 continue
             box = Box(*values)
             inside = 0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1
             if not inside or box.time < 0 or box.time > duration + _ROUNDING:
                 why = "0 <= x0 < x1 <= 1, the same for y, and a time inside the video"
-                self.report("VRLT-D03", f'"boxes" has {shorten(item)}', why)
+                self.report("VRLT-D03", f'"{field}" has {shorten(item)}', why)
             boxes.append(box)
         return tuple(boxes)
+
+    def instances(self, duration: float) -> tuple[Instance, ...]:
+        value = self.fields.get("instances", [])
+        if not isinstance(value, list):
+            self.wrong("instances", "a list of objects with a number and boxes")
+            return ()
+        found: dict[int, Instance] = {}
+        for item in value:
+            if not isinstance(item, dict) or set(item) != {"id", "boxes"}:
+                self.report("VRLT-D03", f'"instances" has {shorten(item)}', 'it needs {"id": number, "boxes": [...]}')
+                continue
+            number = self.whole("instances", item["id"], needed=True)
+            boxes = self.boxes("instances", item["boxes"], duration)
+            if number is not None and number in found:
+                self.report("VRLT-D03", f'"instances" has the number {number} twice')
+            elif number is not None:
+                found[number] = Instance(number, boxes)
+        return tuple(found.values())
 
     def reasoning(self) -> str:
         value = self.text("reasoning") if "reasoning" in self.fields else ""
@@ -237,18 +283,19 @@ class Line:
                 moments.append(Moment(start, end, self.clean("timeline", text)))
         return tuple(moments)
 
-    def object_id(self) -> int | None:
-        value = self.fields.get("object_id")
-        if value is not None and (type(value) is not int or not 0 <= value < 2**31):
-            self.wrong("object_id", "a whole number from 0")
+    def whole(self, name: str, value: object, *, needed: bool = False) -> int | None:
+        if value is None and not needed:
             return None
-        return value
+        if type(value) is int and 0 <= value < 2**31:
+            return value
+        self.report("VRLT-D03", f'"{name}" has {shorten(value)}', "it must be a whole number from 0")
+        return None
 
-    def progress(self) -> float | None:
-        value = self.fields.get("progress")
+    def share(self, name: str) -> float | None:
+        value = self.fields.get(name)
         number = as_number(value)
         if value is not None and (number is None or not 0 <= number <= 1):
-            self.wrong("progress", "a number from 0 to 1")
+            self.wrong(name, "a number from 0 to 1")
         return number
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,12 @@ def to_json(sample: Sample) -> dict[str, Any]:
         "answer": sample.answer,
         "spans": [list(span) for span in sample.spans],
         "images": list(sample.images),
-        "boxes": [{"time": box.time, "x0": box.x0, "y0": box.y0, "x1": box.x1, "y1": box.y1} for box in sample.boxes],
+        "boxes": [asdict(box) for box in sample.boxes],
         "object_id": sample.object_id,
         "progress": sample.progress,
+        "instances": [{"id": one.id, "boxes": [asdict(box) for box in one.boxes]} for one in sample.instances],
+        "difficulty": sample.difficulty,
+        "source": sample.source,
         "reasoning": sample.reasoning,
         "timeline": [{"start": m.start, "end": m.end, "text": m.text} for m in sample.timeline],
     }

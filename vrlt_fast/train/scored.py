@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from vrlt_fast.config import GrpoConfig
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.rewards.base import Parts, ResponseGroup, Reward, Shaper, total
 from vrlt_fast.rollout.group import Group, RolloutRequest

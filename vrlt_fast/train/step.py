@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from vrlt_fast.config import GrpoConfig
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.vision import Embeddings, StepVision, VisionEmbeds
 from vrlt_fast.train.mismatch import Mismatch

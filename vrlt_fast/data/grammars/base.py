@@ -1,5 +1,5 @@
 """What a grammar is: how responses of a system look, as one object that asks for them, writes the right one and reads
-what a policy wrote. A module of this folder a system; :mod:`vrlt_fast.data.grammars` names them.
+what a policy wrote. A module of this folder a system; :mod:`vrlt_fast.data.grammars.named` names them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class Parsed:
     """What a response says; None: not said.
 
     ``answer`` of LETTER_TASKS: letters as in a sample's, "B" or "A,C"; of other tasks: the text of the answer.
-    ``spans`` in seconds as written, not sorted, ``start > end`` included. ``boxes`` in order, ``object_id``,
-    ``progress`` (0..1). ``well_formed``: the whole text follows the grammar.
+    ``spans`` in seconds as written, not sorted, ``start > end`` included, empty where a list is. ``boxes`` in order, as
+    many as asked for, with corners as written. ``object_id``, ``progress`` (0..1). ``well_formed``: the whole text
+    follows the grammar. Numbers are finite and at most 1e9.
     """
 
     answer: str | None = None
@@ -34,19 +35,28 @@ class Parsed:
 class Grammar(Protocol):
     """The form of responses.
 
-    ``asks``: by task, what the prompt says about how to reply; tasks that aren't there have no form.
-    ``thinks``: what the prompt says about reasoning, for ``prompt.think``.
+    ``name``: as ``prompt.grammar`` says it. ``asks``: by task, what the prompt says about how to reply; tasks that
+    aren't there have no form. ``thinks``: what the prompt says about reasoning, for ``prompt.think``. ``single``:
+    it reads one letter only.
     """
 
-    asks: Mapping[str, str]
+    name: str
     thinks: str
+    single: bool
+
+    @property
+    def asks(self) -> Mapping[str, str]: ...
+
+    def check(self, sample: Sample) -> None:
+        """Raises DataError D14 for a sample whose right answer this grammar has no form for."""
+        ...
 
     def ask(self, sample: Sample, *, think: bool) -> str:
-        """The end of the user's text: how to reply to this question. Raises DataError D14 for a task without a form."""
+        """The end of the user's text: how to reply to this question. Raises as :meth:`check`."""
         ...
 
     def write(self, sample: Sample, *, think: bool) -> str:
-        """The response that earns every part of the reward, for supervised steps. Raises as :meth:`ask`."""
+        """The response that earns every part of the reward, for supervised steps. Raises as :meth:`check`."""
         ...
 
     def read(self, text: str, sample: Sample, *, think: bool) -> Parsed:

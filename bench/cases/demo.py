@@ -135,6 +135,7 @@ class DemoSeed:
         from vrlt_fast.evals.metrics import best_constant_span
         from vrlt_fast.evals.run import evaluate
         from vrlt_fast.model.load import load_model
+        from vrlt_fast.video.alter import grey
         from vrlt_fast.video.cache import ClipLoader
 
         values: dict[str, dict[str, float]] = {}
@@ -149,7 +150,7 @@ class DemoSeed:
                 for t, kind in zip(SHARPER, ("sampled", f"sampled@{SHARPER[1]}"), strict=True):
                     values[f"sft_t{t}"] = _metrics(result.metrics, only="sampled", kind=kind)
             else:
-                result = evaluate(lm, samples, loader, config, root=data, alter=_grey)
+                result = evaluate(lm, samples, loader, config, root=data, alter=grey)
                 values["grpo_grey"] = _metrics(result.metrics)
         values["constant"] = {"greedy_tiou": best_constant_span(samples)[1]}
         before, after = (_grounded_tiou(main / "eval" / f"{label}.jsonl") for label in ("sft", "grpo"))
@@ -160,14 +161,6 @@ class DemoSeed:
             part = entropies[:5] if stage == "sft" else entropies[-5:]
             values["paired"][name] = statistics.fmean(part)
         return values
-
-
-def _grey(clip: Any) -> Any:
-    from dataclasses import replace
-
-    import torch
-
-    return replace(clip, patches=torch.full_like(clip.patches, 128), key=f"grey-{clip.key}")
 
 
 def _train_records(run_dir: Path, stage: str) -> list[dict[str, Any]]:

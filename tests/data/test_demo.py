@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from vrlt_fast.errors import DataError, SetupError
 from vrlt_fast.video.check import check_dataset
 
 COUNTS = {"train_clips": 6, "heldout_clips": 4}
+QUESTIONS = {TRAIN: ("train.jsonl", "tasks.jsonl"), HELDOUT: ("heldout.jsonl", "tasks_heldout.jsonl")}
+DIGESTS = {"train": "32718065b762273d", "heldout": "4735e564d73d5773", "clips": "af0a3d15c10ed209"}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_files(demo: Path):
     assert sorted(path.name for path in demo.parent.iterdir()) == ["data"]
-    names = ["LICENSES.txt", "clips.jsonl", "heldout.jsonl", "images", "train.jsonl", "videos"]
-    assert sorted(path.name for path in demo.iterdir()) == names
+    lines = ["clips.jsonl", "heldout.jsonl", "tasks.jsonl", "tasks_heldout.jsonl", "train.jsonl"]
+    assert sorted(path.name for path in demo.iterdir()) == sorted([*lines, "LICENSES.txt", "images", "videos"])
     assert len(list((demo / "videos").iterdir())) == 10
     assert "Blender Foundation" in (demo / "LICENSES.txt").read_text()
-    for split in (TRAIN, HELDOUT):
-        report = check_dataset(demo / f"{split}.jsonl")
-        assert report.ok
-        assert report.samples > COUNTS[f"{split}_clips"]
+    for split, names in QUESTIONS.items():
+        for name in names:
+            report = check_dataset(demo / name)
+            assert report.ok
+            assert report.samples > COUNTS[f"{split}_clips"]
+
+
+def test_the_lines_that_published_results_were_made_of_stay_the_same(demo: Path):
+    """bench/results has results of training on such files: a change of these digests makes them out of date."""
+    digests = {name: hashlib.sha256((demo / f"{name}.jsonl").read_bytes()).hexdigest()[:16] for name in DIGESTS}
+    assert digests == DIGESTS
 
 
 def test_videos_have_exactly_the_planned_frames(demo: Path):
@@ -71,15 +81,23 @@ def test_training_and_heldout_clips_share_no_source_frame(demo: Path):
     assert sum(len(by_split[TRAIN]) for by_split in used.values()) > 50
 
 
-def test_boxes_hold_the_object_and_images_the_last_frame(demo: Path):
-    with_image = [s for name in (TRAIN, HELDOUT) for s in read_jsonl(demo / f"{name}.jsonl") if s.images]
-    assert with_image
-    for sample in with_image:
-        with av.open(str(demo / sample.images[0])) as container:
-            image = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(float)
-        with av.open(str(demo / sample.video)) as container:
-            last = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][-1].astype(float)
-        assert np.abs(image - last).mean() < 8
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
+
+
+def test_images_are_the_frames_that_their_names_say_else_the_last_one(demo: Path):
+    names = [name for some in QUESTIONS.values() for name in some]
+    shown = {image for name in names for sample in read_jsonl(demo / name) for image in sample.images}
+    assert {path.name for path in (demo / "images").iterdir()} == {Path(image).name for image in shown}
+    assert {"-f" in image for image in shown} == {True, False}
+    for image in shown:
+        clip, _, frame = Path(image).stem.partition("-f")
+        frames = frames_of(demo / "videos" / f"{clip}.mp4")
+        away = np.abs(frames - frames_of(demo / image)).mean((1, 2, 3))
+        place = int(frame) if frame else len(frames) - 1
+        assert away[place] < 8
+        assert away[place] < away.min() + 2
 
 
 def test_workers_change_nothing_and_the_seed_everything(demo: Path, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,13 @@ import av
 import numpy as np
 import pytest
 
+from tests.conftest import seed_of
 from vrlt_fast.data.clips import COLOURS, HEIGHT, KINDS, WIDTH, Clip, plan_clips, play
 from vrlt_fast.data.draw import draw_clip, write_mp4
 from vrlt_fast.data.footage import HELDOUT, TRAIN, decode, find_footage
 from vrlt_fast.data.questions import ask
 
-SEED = random.randrange(10**6)
+SEED = seed_of("test_draw")
 NOISE = 6.0  # mean absolute difference that encoding may make
 
 

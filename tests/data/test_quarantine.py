@@ -37,6 +37,23 @@ def test_listed_lines_are_left_out_wherever_they_stand(tmp_path: Path) -> None:
     assert [sample.id for sample in read_jsonl(data, leave_out=out)] == ["b2"]
 
 
+def test_lines_of_another_list_are_kept(tmp_path: Path) -> None:
+    """Also those of another file, and where the new list takes the old one's place."""
+    first, second, listed = tmp_path / "x.jsonl", tmp_path / "y.jsonl", tmp_path / "bad.jsonl"
+    first.write_text("\n".join(lines("a", "b")))
+    second.write_text("\n".join(lines("c", "d")))
+    write_quarantine(listed, first, {2: ("VRLT-V02",)})
+    before = listed.read_text()
+    assert write_quarantine(listed, second, {1: ("VRLT-L04",)}, kept=listed) == 2
+    assert listed.read_text().startswith(before)
+    assert len(read_quarantine(listed)) == 2
+    whole = listed.read_text()
+    (tmp_path / "no.jsonl").write_text("[1]")
+    with pytest.raises(DataError, match="VRLT-D02"):
+        write_quarantine(listed, second, {}, kept=tmp_path / "no.jsonl")
+    assert listed.read_text() == whole
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
-import random
 from collections import Counter, defaultdict
 
 import pytest
 
+from tests.conftest import seed_of
 from vrlt_fast.data.clips import plan_clips
 from vrlt_fast.data.footage import HELDOUT, TRAIN, find_footage
 from vrlt_fast.data.questions import ask
-from vrlt_fast.data.sample import LETTERS, TASKS
+from vrlt_fast.data.sample import LETTERS
 
-SEED = random.randrange(10**6)
+SEED = seed_of("test_questions")
+TASKS = ("videoqa", "grounding", "grounded_qa")
 
 
 @pytest.fixture(scope="module")

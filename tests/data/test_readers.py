@@ -312,9 +312,7 @@ def test_any_value_in_any_field_gives_samples_or_a_data_error(root: Path, index:
         assert all(0 <= a < b <= sample.duration + 1e-6 for a, b in sample.spans)
 
 
-def test_reads_fast(root: Path):
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
+def test_reads_fast(root: Path, seed: int):
     rng = random.Random(seed)
     items = []
     for i in range(20_000):

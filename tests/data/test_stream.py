@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from tests.conftest import seed_of
 from vrlt_fast.data.stream import BatchStream
 
-SEED = random.randrange(10**6)
+SEED = seed_of("test_stream")
 
 
 def draws(count: int = 60):

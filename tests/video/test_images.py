@@ -157,3 +157,26 @@ def test_what_is_refused(tmp_path, picture, loader, name, content, code):
 def test_a_config_with_crossed_bounds_is_refused():
     with pytest.raises(ValueError, match="image_min_pixels"):
         VideoConfig(image_min_pixels=5000, image_max_pixels=4000)
+
+
+@pytest.mark.parametrize(("codec", "pixels"), [("png", "rgb24"), ("mjpeg", "yuvj420p")])
+def test_bytes_give_what_their_file_gives(loader, picture, tmp_path, codec, pixels):
+    path = write(tmp_path / f"a.{'png' if codec == 'png' else 'jpg'}", [picture], codec, pixels)
+    found, wanted = loader.load_bytes(path.read_bytes(), "sent"), loader.load(path)
+    assert found.key == wanted.key
+    assert torch.equal(found.patches, wanted.patches)
+
+
+def test_bytes_that_are_refused_name_what_was_sent(loader, picture, tmp_path):
+    data = write(tmp_path / "a.png", [picture]).read_bytes()
+    large = data[:16] + struct.pack(">II", 8192, 8192) + data[24:]
+    jpeg = bytes.fromhex("ffd8ffff e0000400 00ffc0 0011 08 ffff ffff 03".replace(" ", ""))
+    text = b"#EXTM3U\n/etc/passwd\n"
+    cases = [(b"", "V02"), (text, "V02"), (data[:20], "V02"), (data[:40], "V0"), (large, "V06"), (jpeg, "V06")]
+    for sent, code in cases:
+        with pytest.raises(VideoError) as caught:
+            loader.load_bytes(sent, "images[3]")
+        (problem,) = caught.value.problems
+        assert problem.code.startswith(f"VRLT-{code}")
+        assert problem.where == "images[3]"
+        assert "/tmp" not in str(caught.value)

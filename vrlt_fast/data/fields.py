@@ -34,6 +34,7 @@ _NEEDED = {"boxes": "boxes", "instance": "object_id", "progress": "progress"}
 _BOX = ("time", "x0", "y0", "x1", "y1")
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 _TAGS = re.compile(r"</?(?:think|answer|glue)>")
+_NUMBER = re.compile(r"[+-]?(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 _ROUNDING = 1e-6  # seconds
 
 
@@ -175,13 +176,10 @@ class Line:
     def text_answer(self, task: str) -> str:
         """Of a task without options."""
         value = self.text("answer")
-        if value and task in ("number", "regression"):
-            try:
-                finite = math.isfinite(float(value.replace(",", "")))
-            except ValueError:
-                finite = False
-            if not finite:
-                self.report("VRLT-D03", f'"answer" is {shorten(value)}', f"task {task} wants a number, as a text")
+        if value and task in ("number", "regression") and not _is_number(value):
+            self.report("VRLT-D03", f'"answer" is {shorten(value)}', f"task {task} wants a number, as a text")
+        if _TAGS.search(value):
+            self.report("VRLT-D03", '"answer" has think or answer tags', "the trainer writes them", "remove them")
         return value
 
     def spans(self, task: str, duration: float) -> tuple[Span, ...]:
@@ -309,6 +307,10 @@ def as_number(value: object) -> float | None:
         return float(value)
     except OverflowError:
         return None
+
+
+def _is_number(text: str) -> bool:
+    return _NUMBER.fullmatch(text) is not None and math.isfinite(float(text.replace(",", "")))
 
 
 @lru_cache(maxsize=1024)

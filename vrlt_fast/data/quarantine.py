@@ -1,5 +1,5 @@
-"""Lines of a file of samples that a run leaves out: ``vrlt data check --quarantine OUT`` writes the list, the key
-``data.quarantine`` names it.
+"""Lines of a file of samples that a run leaves out: ``vrlt data check --quarantine OUT`` and ``vrlt select reflect``
+write the list, the key ``data.quarantine`` names it.
 
 A line is known by its content, so that the list holds while lines come, go and change places; a line that was mended is
 taken again.
@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vrlt_fast.errors import DataError, Problem
 from vrlt_fast.files import write_lines
@@ -21,12 +22,18 @@ def line_digest(raw: bytes) -> str:
     return hashlib.blake2b(raw.removeprefix(b"\xef\xbb\xbf").strip(), digest_size=16).hexdigest()
 
 
-def write_quarantine(path: Path, data: Path, rejected: Mapping[int, Sequence[str]]) -> int:
+def write_quarantine(path: Path, data: Path, rejected: Mapping[int, Sequence[str]], *, kept: Path | None = None) -> int:
     """Write the list of the lines ``rejected`` (number from 1 to the codes of its problems) of the file ``data``.
 
-    Returns how many they are. The list replaces an older one, whole or not at all.
+    Returns how many lines it has. The list replaces an older one, whole or not at all.
+
+    Args:
+        kept: a list whose lines, of whatever file, come first.
+
+    Raises:
+        DataError: as :func:`read_quarantine`, of ``kept``.
     """
-    rows = []
+    rows = _rows(kept) if kept is not None else []
     with data.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if number in rejected:
@@ -41,9 +48,13 @@ def read_quarantine(path: Path) -> frozenset[str]:
     Raises:
         DataError: D01 the list is missing, D02 it isn't one.
     """
+    return frozenset(row["digest"] for row in _rows(path))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return frozenset(str(json.loads(line)["digest"]) for line in lines if line.strip())
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [{**row, "digest": str(row["digest"])} for row in rows]
     except (OSError, UnicodeDecodeError) as error:
         fix = "vrlt data check FILE --quarantine OUT writes one; or empty data.quarantine"
         raise DataError(Problem("VRLT-D01", "can't read the quarantine list", str(path), str(error), fix)) from None

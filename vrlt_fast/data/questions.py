@@ -14,7 +14,7 @@ from vrlt_fast.data.sample import LETTERS, Box, Moment, Sample
 _ASKED = 0.92  # share of the clips that get a question of each task
 _IMAGE_EVERY = 5
 
-_WHEN = {
+WHEN = {
     "object": ("When does a {colour} {shape} move through the picture?", "When can the {colour} {shape} be seen?"),
     "insert": ("When is {words} shown?", "When is there a cut to {words}?"),
     "tint": ("When is the picture tinted {tone}?", "When does everything turn {tone}?"),
@@ -25,7 +25,7 @@ _WHEN = {
     "freeze": ("When does the picture stand still?", "When is the video frozen?"),
     "reverse": ("When does the video play backwards?", "When does time run in reverse?"),
 }
-_HAPPENS = {
+HAPPENS = {
     "object": "a coloured shape moves through the picture",
     "insert": "other footage is cut in",
     "tint": "the picture turns into one colour tone",
@@ -90,10 +90,7 @@ def ask(clips: Sequence[Clip], footage: Mapping[str, Footage], seed: int) -> lis
 
 
 def _grounding(clip: Clip, event: Event, suffix: str, footage: Mapping[str, Footage], rng: random.Random) -> Sample:
-    words = footage[event.source].words if event.source else ""
-    question = rng.choice(_WHEN[event.kind]).format(
-        colour=event.colour, shape=event.shape, tone=event.tone, words=words
-    )
+    question = in_words(rng.choice(WHEN[event.kind]), event, footage)
     middle = clip.frames // 2 / FPS
     done = min(1.0, max(0.0, (middle - event.start) / (event.end - event.start)))
     return _sample(clip, event, suffix, "grounding", question, footage=footage, progress=round(done, 4))
@@ -140,7 +137,7 @@ def _choice(
         "shape": (event.shape, list(SHAPES)),
         "tone": (event.tone, list(TONES)),
         "footage": (footage[event.source].words if event.source else "", [source.words for source in footage.values()]),
-        "happens": (_HAPPENS[event.kind], list(_HAPPENS.values())),
+        "happens": (HAPPENS[event.kind], list(HAPPENS.values())),
     }
     right, pool = pools[kind]
     wrong = [text for text in pool if text != right]
@@ -165,7 +162,7 @@ def _sample(
     answer: str = "",
     progress: float | None = None,
 ) -> Sample:
-    timeline = _timeline(clip, footage)
+    seen = timeline(clip, footage)
     pasted = next((event for event in clip.events if event.kind == "object"), None)
     return Sample(
         id=f"{clip.id}-{suffix}",
@@ -176,44 +173,39 @@ def _sample(
         options=options,
         answer=answer,
         spans=() if task == "videoqa" else ((event.start, event.end),),
-        boxes=_boxes(pasted) if pasted else (),
+        boxes=boxes(pasted) if pasted else (),
         object_id=list(COLOURS).index(pasted.colour) * len(SHAPES) + SHAPES.index(pasted.shape) if pasted else None,
         progress=progress,
-        reasoning=_by_second(clip, timeline),
-        timeline=timeline,
+        reasoning=by_second(clip, seen),
+        timeline=seen,
     )
 
 
-def _timeline(clip: Clip, footage: Mapping[str, Footage]) -> tuple[Moment, ...]:
+def in_words(template: str, event: Event, footage: Mapping[str, Footage]) -> str:
+    """``template`` with the event's {colour}, {shape}, {tone}, and {words} for the footage that is cut in."""
+    words = footage[event.source].words if event.source else ""
+    return template.format(colour=event.colour, shape=event.shape, tone=event.tone, words=words)
+
+
+def timeline(clip: Clip, footage: Mapping[str, Footage]) -> tuple[Moment, ...]:
     """The events of a clip in a few words each."""
-    return tuple(
-        Moment(
-            event.start,
-            event.end,
-            _LABEL[event.kind].format(
-                colour=event.colour,
-                shape=event.shape,
-                tone=event.tone,
-                words=footage[event.source].words if event.source else "",
-            ),
-        )
-        for event in clip.events
-    )
+    return tuple(Moment(event.start, event.end, in_words(_LABEL[event.kind], event, footage)) for event in clip.events)
 
 
-def _by_second(clip: Clip, timeline: Sequence[Moment]) -> str:
+def by_second(clip: Clip, seen: Sequence[Moment]) -> str:
     """What is seen in each second: ``0-,1 red circle,2 red circle,3-``."""
     labels = ["-"] * (clip.frames // FPS)
-    for moment in timeline:
+    for moment in seen:
         for second in range(round(moment.start), round(moment.end)):
             labels[second] = f" {moment.text}"
     return ",".join(f"{second}{label}" for second, label in enumerate(labels))
 
 
-def _boxes(event: Event) -> tuple[Box, ...]:
-    boxes = []
-    for frame in event.frames[:: FPS // 2]:
+def boxes(event: Event, every: int = FPS // 2) -> tuple[Box, ...]:
+    """Where the object of an event is, at each ``every``-th of its frames."""
+    found = []
+    for frame in event.frames[::every]:
         (x, y), r = event.centre(frame), event.radius
         corners = ((x - r) / WIDTH, (y - r) / HEIGHT, (x + r) / WIDTH, (y + r) / HEIGHT)
-        boxes.append(Box(frame / FPS, *(round(value, 5) for value in corners)))
-    return tuple(boxes)
+        found.append(Box(frame / FPS, *(round(value, 5) for value in corners)))
+    return tuple(found)

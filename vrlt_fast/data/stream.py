@@ -5,6 +5,27 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from typing import Any, Protocol
+
+
+class Stream(Protocol):
+    """Endless batches of indices, resumable."""
+
+    def next(self) -> list[int]:
+        """The next batch."""
+        ...
+
+    def ahead(self) -> Iterator[list[int]]:
+        """The batches that :meth:`next` is likely to give, endless; asking for them moves nothing."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` needs to go on after the last batch, as JSON."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go to the place that ``state`` tells, of a stream made with the same arguments."""
+        ...
 
 
 class BatchStream:
@@ -36,11 +57,11 @@ class BatchStream:
         """The batches that :meth:`next` will give, endless; asking for them moves nothing."""
         return iter(copy.copy(self).next, None)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """What :meth:`load` needs to go on after the last batch."""
         return {"epoch": self._epoch, "offset": self._offset}
 
-    def load(self, state: dict[str, int]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Goes to the place that ``state`` tells, of a stream with the same ``n``, ``batch`` and ``seed``."""
         epoch, offset = int(state["epoch"]), int(state["offset"])
         if epoch < 0 or not 0 <= offset <= self.n:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,10 @@ _FLIPS: dict[int, tuple[int, ...]] = {2: (1,), 4: (1,), 5: (2,), 7: (2,)}
 """EXIF orientations that mirror; FFmpeg tells their rotation only, so that a flip of this axis is left to do."""
 _WHAT = {"VRLT-V01": "image file missing", "VRLT-V02": "image file empty or unreadable"}
 _FIX = "save it again as PNG or JPEG, or remove its lines"
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_MOST_SENT = 1 << 25
+"""Pixels of an image whose bytes were sent: a small file can claim to be a picture that fills the memory."""
 
 
 class ImageLoader:
@@ -69,6 +75,33 @@ class ImageLoader:
         self._keep(clip)
         return clip
 
+    def load_bytes(self, data: bytes, name: str) -> Clip:
+        """The image that the bytes of a PNG or JPEG file are, as :meth:`load`. Meant for bytes from anywhere: nothing
+        but these two is opened, and nothing is decoded that claims more than 2^25 pixels.
+
+        Args:
+            name: what it is called in errors.
+
+        Raises:
+            VideoError: V02 or V04 undecodable, V06 too large or can't be resized, V10 holds several pictures.
+        """
+        size = _claimed_size(data)
+        fix = "send one PNG or JPEG picture"
+        if size is None:
+            raise VideoError(Problem("VRLT-V02", "neither a PNG nor a JPEG image", name, fix=fix))
+        if size[0] * size[1] > _MOST_SENT:
+            what, fix = f"an image of {size[1]} x {size[0]} pixels", f"send at most {_MOST_SENT} pixels"
+            raise VideoError(Problem("VRLT-V06", what, name, fix=fix))
+        with tempfile.NamedTemporaryFile(prefix="vrlt-", suffix=".png" if data.startswith(_PNG) else ".jpg") as file:
+            file.write(data)
+            file.flush()
+            try:
+                return self.load(Path(file.name))
+            except VideoError as error:
+                problem = error.problems[0]
+                why = problem.why.replace(file.name, name)
+                raise VideoError(replace(problem, where=name, why=why, fix=fix)) from None
+
     def n_tokens(self, path: Path) -> int:
         """Tokens that the image takes in a prompt, known without decoding it. Raises as :meth:`load`."""
         try:
@@ -97,6 +130,25 @@ class ImageLoader:
             total = sum(kept.nbytes for kept in self._kept.values())
             while total > self.kept_bytes:
                 total -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _claimed_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width by the header of a PNG or JPEG file; None where it is neither."""
+    try:
+        if data.startswith(_PNG):
+            kind, width, height = struct.unpack_from(">4sII", data, 12)
+            return (height, width) if kind == b"IHDR" else None
+        at = 2 if data.startswith(_JPEG) else len(data)
+        while True:
+            mark, marker, length = struct.unpack_from(">BBH", data, at)
+            if mark != 0xFF:
+                return None
+            if marker in _JPEG_SIZES:
+                height, width = struct.unpack_from(">HH", data, at + 5)
+                return height, width
+            at += 1 if marker == 0xFF else 2 + length  # any number of 0xFF may stand before a marker
+    except struct.error:
+        return None
 
 
 def _error(code: str, path: Path, what: str, why: str = "") -> VideoError:

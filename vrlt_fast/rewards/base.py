@@ -1,8 +1,8 @@
 """The two signatures of every reward.
 
-A reward scores one response: ``reward(response, sample) -> {part: value}``. A shaper sees the whole group, and
-auxiliary groups of the same prompt where a recipe asks for them: ``shape(parts, group, auxiliary) -> parts``. Both
-are pure.
+A reward scores one response: ``reward(response, sample) -> {part: value}``. A shaper sees the whole group, and what
+the responses of auxiliary groups of the same prompt earned, where a recipe asks for such groups:
+``shape(parts, group, auxiliary) -> parts``. Both are pure.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ResponseGroup:
 
 
 Reward = Callable[[Response, Sample], Parts]
-Shaper = Callable[[Sequence[Parts], ResponseGroup, Sequence[ResponseGroup]], list[Parts]]
+Shaper = Callable[[Sequence[Parts], ResponseGroup, Sequence[Sequence[Parts]]], list[Parts]]
 
 
 def total(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vrlt_fast.config import Config
-from vrlt_fast.data.quarantine import read_quarantine
-from vrlt_fast.data.readers import read_jsonl, resolve_images, resolve_video
+from vrlt_fast.data.readers import resolve_images, resolve_video, to_json
 from vrlt_fast.data.sample import TASKS, Sample
+from vrlt_fast.data.splits import data_root, read_split
 from vrlt_fast.errors import ConfigError, DataError, Problem, VrltError
 from vrlt_fast.evals.metrics import Metrics, Scored, score, summarise
 from vrlt_fast.files import write_lines
@@ -25,19 +25,23 @@ from vrlt_fast.rollout.group import Group, RolloutRequest
 from vrlt_fast.rollout.peers import PeerEngine
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.video.images import ImageLoader
+from vrlt_fast.video.labels import with_ids
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips, ClipSource
+
+_TRUTH = ("object_id", "progress", "source")  # of a line of predictions, where the sample has them
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """``metrics`` for greedy and sampled answers, ``rows`` of eval/LABEL.jsonl, ``failed`` questions whose video
-    can't be read.
+    can't be read; ``scored`` are the answers that the metrics are made of, in the order of the rows.
     """
 
     metrics: dict[str, Metrics]
     rows: list[dict[str, Any]]
     failed: list[VrltError]
+    scored: dict[str, list[Scored]]
 
 
 def pick_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
@@ -102,12 +106,11 @@ def evaluate(
     told = replicas.gather((own, [e.problems for e in failed]))
     kept = sorted((answered for part, _ in told for answered in part), key=lambda answered: answered[0])
     others = [DataError(p) for rank, (_, lost) in enumerate(told) if rank != replicas.rank for p in lost]
-    metrics: dict[str, Metrics] = {}
-    for i, name in enumerate(["greedy", *names]):
-        flat = [scored for _, answers in kept for scored in answers[i]]
-        metrics |= {name: summarise(flat)} if flat else {}
+    scored = {name: [one for _, a in kept for one in a[i]] for i, name in enumerate(["greedy", *names])}
+    scored = {name: answers for name, answers in scored.items() if answers}
+    metrics = {name: summarise(answers) for name, answers in scored.items()}
     rows = [_row(samples[place], answers[0], answers[1]) for place, answers in kept]
-    return Evaluation(metrics, rows, [*failed, *others])
+    return Evaluation(metrics, rows, [*failed, *others], scored)
 
 
 def _batches(
@@ -127,6 +130,7 @@ def _batches(
         for place, sample in samples[start : start + config.eval.prompts]:
             try:
                 clip = loader.load(resolve_video(sample, root))
+                clip = with_ids(clip, sample.instances) if config.prompt.draw_ids else clip
                 images = [loads(path) for path in resolve_images(sample, root) if config.prompt.images]
                 if alter:
                     clip, images = alter(clip), [alter(image) for image in images]
@@ -175,10 +179,13 @@ def _answers(
 
 def _scored(group: Group, config: Config) -> list[Scored]:
     sample = group.request.prompt.sample
-    return [score(c.response, sample, think=config.prompt.think) for c in group.completions]
+    how = config.prompt
+    return [score(c.response, sample, think=how.think, grammar=how.grammar) for c in group.completions]
 
 
 def _row(sample: Sample, greedy: Sequence[Scored], sampled: Sequence[Scored]) -> dict[str, Any]:
+    fields = to_json(sample)
+    truth = {name: fields[name] for name in _TRUTH if name in fields}
     return {
         "id": sample.id,
         "task": sample.task,
@@ -188,6 +195,7 @@ def _row(sample: Sample, greedy: Sequence[Scored], sampled: Sequence[Scored]) ->
         "options": list(sample.options),
         "answer": sample.answer,
         "spans": [list(s) for s in sample.spans],
+        **truth,
         "greedy": greedy[0].to_json(),
         "sampled": [s.to_json() for s in sampled],
     }
@@ -202,9 +210,26 @@ def evaluate_folder(
     Raises:
         VrltError: as the readers and the loader; V codes when videos can't be read (after the predictions are written).
     """
+    result = answer_all(config, held_out(config), progress)
+    if out is not None:
+        write_lines(out, result.rows)
+    raise_failed(result)
+    return result.metrics
+
+
+def held_out(config: Config) -> list[Sample]:
+    """The questions of ``config.data.eval`` that an evaluation takes. Raises ConfigError C04 where there is no file,
+    and as the readers.
+    """
     if not config.data.eval:
         raise ConfigError(Problem("VRLT-C04", "nothing to evaluate on", "data.eval", fix="pass --data FILE.jsonl"))
-    samples = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
+    return pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
+
+
+def answer_all(
+    config: Config, samples: Sequence[Sample], progress: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """:func:`evaluate` the model folder ``config.model.name`` on samples of ``config.data.eval``."""
     lm = load_model(config.model, inspect_model(config.model.name), config.kernels.layers)
     count = 0
 
@@ -215,20 +240,10 @@ def evaluate_folder(
             progress(count, len(samples))
 
     with ClipSource(config.video, lm.info.geometry, device=lm.device) as clips:
-        result = evaluate(lm, samples, clips, config, root=data_root(config, "eval"), progress=tick)
-    if out is not None:
-        write_lines(out, result.rows)
+        return evaluate(lm, samples, clips, config, root=data_root(config, "eval"), progress=tick)
+
+
+def raise_failed(result: Evaluation) -> None:
+    """Raises DataError with a problem for each question whose video couldn't be read, where there are some."""
     if result.failed:
         raise DataError([p for error in result.failed for p in error.problems])
-    return result.metrics
-
-
-def read_split(config: Config, split: str) -> list[Sample]:
-    """The samples of ``data.train`` or ``data.eval`` without the lines of ``data.quarantine``. Raises DataError."""
-    leave_out = read_quarantine(Path(config.data.quarantine)) if config.data.quarantine else frozenset()
-    return read_jsonl(Path(getattr(config.data, split)), data_root(config, split), leave_out=leave_out)
-
-
-def data_root(config: Config, split: str) -> Path:
-    """Folder that the video paths of ``data.train`` or ``data.eval`` are relative to."""
-    return Path(config.data.root) if config.data.root else Path(getattr(config.data, split)).parent

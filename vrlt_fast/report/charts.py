@@ -41,10 +41,12 @@ def stage_charts(stage: str, records: Sequence[Record]) -> str:
         for index, name in enumerate(names)
     ]
     zero = (0.0, None)
+    earned = [value for record in records for part in (record.get("parts") or {}).values() if (value := number(part))]
+    least = min([0.0, *earned])  # a penalty is below 0
     unit = "nats a token" if stage == "sft" else "policy and KL"
     figures = [
         line_chart("Reward", _one(records, "reward", "mean"), unit="weighted sum of the parts"),
-        line_chart("Reward parts", parts, unit="mean, 0 to 1", bounds=(0.0, 1.05)),
+        line_chart("Reward parts", parts, unit="mean, at most 1", bounds=(1.05 * least, 1.05)),
         line_chart("Reward spread", _one(records, "reward_std", "std"), unit="within groups", bounds=zero),
         line_chart(
             "Groups without signal",

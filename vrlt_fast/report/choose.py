@@ -12,6 +12,7 @@ from vrlt_fast.report.run_folder import RunFolder
 
 KINDS = {"improved": "largest gains", "typical": "typical", "failed": "lowest scores"}
 _TASKS = ("grounding", "grounded_qa", "videoqa")
+_OWN = ("score", "box_iou", "viou", "mra")
 _PER_KIND = 2
 _LEAST = 12
 
@@ -28,7 +29,8 @@ class Shown:
 
 
 def score(line: Record) -> float:
-    """How good the answers to one question are, 0..1: mean over greedy and sampled of tIoU and correctness, each once.
+    """How good the answers to one question are, 0..1: mean over greedy and sampled of tIoU, correctness and the task's
+    own score, each once.
 
     The greedy answer counts as much as all sampled ones together.
     """
@@ -42,8 +44,11 @@ def _answer_score(line: Record, answer: Record) -> float:
     values = []
     if line.get("spans"):
         values.append(number(answer.get("tiou")) or 0.0)
-    if line.get("options"):
+    if line.get("options") or isinstance(answer.get("correct"), bool):
         values.append(1.0 if answer.get("correct") is True else 0.0)
+    own = answer.get("values")
+    if isinstance(own, dict):
+        values += [value for name in _OWN if (value := number(own.get(name))) is not None]
     return sum(values) / len(values) if values else 0.0
 
 

@@ -15,15 +15,16 @@ from rich.text import Text
 
 from vrlt_fast.report.numbers import (
     METRIC_NAMES,
-    MINUS,
     change,
     clock,
     metric_of,
     number,
+    official,
     ordered,
     score,
     short,
     tasks_of,
+    tone,
 )
 
 _PART_NAMES = {"semantic": "sem", "temporal": "tmp", "format": "fmt"}
@@ -113,6 +114,10 @@ class Console:
         """Metrics per task and label (``eval`` records of metrics.jsonl), greedy and sampled, with the last change."""
         self._out.print(metrics_table(records))
 
+    def suite_table(self, title: str, columns: Sequence[str], rows: Sequence[tuple[str, dict[str, float]]]) -> None:
+        """Metrics of a suite: see :func:`suite_table`."""
+        self._out.print(suite_table(title, columns, rows))
+
 
 class _PlainProgress:
     def __init__(self, say: Callable[[str], None] | None, description: str, total: int, clock: Callable[[], float]):
@@ -162,6 +167,8 @@ def step_line(record: dict[str, Any], eta: float) -> str:
         fields.append(f"dropped {record['responses_dropped']}")
     if record.get("out_of_memory"):
         fields.append(f"out of memory {record['out_of_memory']}")
+    if record.get("reward_failures"):
+        fields.append(f"rewards failed {sum(record['reward_failures'].values())}")
     if record.get("skipped"):
         fields.append("skipped")
     if record.get("failed_videos"):
@@ -231,4 +238,18 @@ def _change_cell(metric: str, before: float | None, after: float | None) -> Text
     if before is None or after is None:
         return Text("")
     text = change(metric, after - before)
-    return Text(text, style="green" if text[0] == "+" else "red" if text[0] == MINUS else "")
+    return Text(text, style={"good": "green", "bad": "red", "same": ""}[tone(metric, text)])
+
+
+def suite_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
+    """A rich table: the suite's metrics in their official order and units (times 100), a row a kind of answers or a
+    group of questions, with the number of answers ``n``.
+    """
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), title_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in ("n", *columns):
+        table.add_column(METRIC_NAMES.get(name, name), justify="right", no_wrap=True)
+    for label, values in rows:
+        cells = [official(name, number(values.get(name))) for name in columns]
+        table.add_row(label, f"{values.get('n', 0):.0f}", *cells)
+    return table

@@ -13,6 +13,13 @@ TASK_NAMES = {
     "videoqa": "VideoQA",
     "grounding": "Temporal grounding",
     "grounded_qa": "Grounded VideoQA",
+    "number": "Numbers",
+    "regression": "Estimates",
+    "ocr": "Text to read",
+    "open": "Open answers",
+    "boxes": "Boxes",
+    "instance": "Spatio-temporal grounding",
+    "progress": "Progress",
 }
 METRIC_NAMES = {
     "tiou": "mean tIoU",
@@ -20,10 +27,32 @@ METRIC_NAMES = {
     "r1@0.3": "R1@0.3",
     "r1@0.5": "R1@0.5",
     "r1@0.7": "R1@0.7",
+    "r1@0.95": "R1@0.95",
     "accuracy": "accuracy",
     "well_formed": "well-formed",
     "acc@gqa": "Acc@GQA",
+    "miou_merged": "mIoU merged",
+    "iou@0.3": "IoU@0.3",
+    "iou@0.5": "IoU@0.5",
+    "miop": "mIoP",
+    "iop@0.3": "IoP@0.3",
+    "iop@0.5": "IoP@0.5",
+    "gqa@0.3": "GQA@0.3",
+    "gqa@0.5": "GQA@0.5",
+    "gqa@0.7": "GQA@0.7",
+    "score": "mean score",
+    "mra": "MRA",
+    "mae": "MAE (points)",
+    "box_iou": "mean IoU",
+    "success@0.5": "success@0.5",
+    "id_accuracy": "right object",
+    "m_tiou": "m_tIoU",
+    "m_viou": "m_vIoU",
+    "viou@0.3": "vIoU@0.3",
+    "viou@0.5": "vIoU@0.5",
 }
+_MEANS = ("tiou", "miou", "miou_merged", "miop", "box_iou", "m_tiou", "m_viou", "score")
+_LESS_IS_BETTER = ("mae",)
 PHASES = ("decode", "encode", "prefill", "generate", "reward", "reference", "update")
 
 
@@ -35,23 +64,49 @@ def number(value: Any) -> float | None:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric reads best in percent: mean overlaps are plain numbers, the rest are shares of questions."""
-    return "iou" not in metric
+    """Whether a metric reads best in percent: mean overlaps and scores are plain numbers and MAE is in points, the rest
+    are shares of questions.
+    """
+    return metric not in _MEANS and metric not in _LESS_IS_BETTER
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a metric is an error."""
+    return metric in _LESS_IS_BETTER
 
 
 def score(metric: str, value: float | None) -> str:
-    """``0.523`` for overlaps, ``61.3 %`` for shares, an en dash for nothing."""
+    """``0.523`` for overlaps, ``61.3 %`` for shares, ``12.5`` for points, an en dash for nothing."""
     if value is None:
         return DASH
+    if metric in _LESS_IS_BETTER:
+        return f"{value:.1f}"
     return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
+
+
+def official(metric: str, value: float | None) -> str:
+    """As papers' tables have it: all but MAE, which is in points already, times 100 and without the sign."""
+    if value is None:
+        return DASH
+    return f"{value:.1f}" if metric in _LESS_IS_BETTER else f"{100 * value:.1f}"
 
 
 def change(metric: str, value: float | None) -> str:
     """A difference of two scores, signed; shares in percentage points."""
     if value is None:
         return DASH
-    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.3f}"
+    if metric in _LESS_IS_BETTER:
+        text = f"{value:+.1f}"
+    else:
+        text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.3f}"
     return "±0" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def tone(metric: str, text: str) -> str:
+    """Whether a :func:`change` is good, bad or the same."""
+    if text[0] not in f"+{MINUS}":
+        return "same"
+    return "good" if (text[0] == "+") is not less_is_better(metric) else "bad"
 
 
 def short(value: float) -> str:

@@ -44,7 +44,7 @@ def _card(shown: Shown, sides: Sequence[Side], root: Path) -> str:
         f"<h3>{esc(line.get('question', ''), 600)}</h3>{_options(line, sides)}"
         f'<p class="id">{esc(line.get("id"), 80)} · {esc(line.get("video"), 120)} · {duration:.1f} s</p></div>'
         f'<div class="show{"" if line.get("spans") else " plain"}">{_strip(root, str(line.get("video")), duration)}'
-        f"{_timeline(line, sides, duration)}{_axis(duration)}{_texts(sides)}</div></article>"
+        f"{_timeline(line, sides, duration)}{_axis(duration)}{_texts(line, sides)}</div></article>"
     )
 
 
@@ -142,6 +142,11 @@ def _sampled(line: Record) -> list[Record]:
     return [answer for answer in line.get("sampled") or [] if isinstance(answer, dict)][:_MOST_SAMPLED]
 
 
+def _letters(record: Record) -> list[str]:
+    """Letters of a line or of an answer: "B", or several as "A,C"."""
+    return str(record.get("answer") or "").split(",")
+
+
 def _malformed(answer: Record) -> str:
     return "" if answer.get("well_formed") in (True, None) else ' <small class="bad">malformed</small>'
 
@@ -153,7 +158,7 @@ def _options(line: Record, sides: Sequence[Side]) -> str:
     items = []
     for letter, option in zip("ABCDEFGH", options, strict=False):
         picks = "".join(_pick(label, answers, letter) for label, answers in sides)
-        right = letter == line.get("answer")
+        right = letter in _letters(line)
         mark = ' <span class="tick" title="right answer">✓</span>' if right else ""
         items.append(
             f'<li class="{"right" if right else ""}"><b>{letter}</b> <span>{esc(option, 300)}{mark}</span>'
@@ -169,8 +174,8 @@ def _options(line: Record, sides: Sequence[Side]) -> str:
 
 def _pick(label: str, answers: Record, letter: str) -> str:
     sampled = _sampled(answers)
-    votes = sum(answer.get("answer") == letter for answer in sampled)
-    greedy = _answer(answers).get("answer") == letter
+    votes = sum(letter in _letters(answer) for answer in sampled)
+    greedy = letter in _letters(_answer(answers))
     if not greedy and not votes:
         return ""
     style = f'style="--c:var(--{LABEL_COLOURS.get(label, "after")})"'
@@ -178,8 +183,19 @@ def _pick(label: str, answers: Record, letter: str) -> str:
     return f'<span class="pick{" greedy" if greedy else ""}" {style}>{esc(label.upper(), 12)}{count}</span>'
 
 
-def _texts(sides: Sequence[Side]) -> str:
-    rows = "".join(
+def _truth(line: Record) -> str:
+    """The right answer where neither options nor the timeline show it."""
+    said = [] if line.get("options") else [str(line.get("answer") or "")]
+    if (object_id := number(line.get("object_id"))) is not None and line.get("task") == "instance":
+        said.append(f"object {object_id:.0f}")
+    if (progress := number(line.get("progress"))) is not None and line.get("task") == "progress":
+        said.append(f"{100 * progress:.0f} %")
+    text = ", ".join(part for part in said if part)
+    return f"<dt>right</dt><dd>{esc(text, 600)}</dd>" if text else ""
+
+
+def _texts(line: Record, sides: Sequence[Side]) -> str:
+    rows = _truth(line) + "".join(
         f"<dt>{esc(LABELS.get(label, label))}, {kind}</dt><dd>{esc(answer.get('text', ''))}</dd>"
         for label, answers in sides
         for kind, answer in [("greedy", _answer(answers)), *(("sampled", each) for each in _sampled(answers)[:2])]

@@ -11,7 +11,6 @@ from vrlt_fast.report.numbers import (
     DASH,
     LABELS,
     METRIC_NAMES,
-    MINUS,
     TASK_NAMES,
     accuracy,
     change,
@@ -21,6 +20,7 @@ from vrlt_fast.report.numbers import (
     number,
     score,
     tasks_of,
+    tone,
 )
 from vrlt_fast.report.run_folder import RunFolder
 from vrlt_fast.report.svg import slope
@@ -94,8 +94,7 @@ def _chip(metric: str, before: float | None, after: float | None, what: str = ""
     text = change(metric, after - before)
     if is_share(metric) and text != "±0":
         text += " pp"
-    tone = "good" if text[0] == "+" else "bad" if text[0] == MINUS else "same"
-    return f'<span class="delta {tone}">{text}</span>' + (f" <small>{esc(what)}</small>" if what else "")
+    return f'<span class="delta {tone(metric, text)}">{text}</span>' + (f" <small>{esc(what)}</small>" if what else "")
 
 
 def metrics_table(run: RunFolder) -> str:

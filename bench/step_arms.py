@@ -24,7 +24,7 @@ from vrlt_fast.model.load import VideoLM, enable_recompute
 from vrlt_fast.model.prompt import Prompt, encode_prompt
 from vrlt_fast.recipe import recipe_path
 from vrlt_fast.rewards.base import Parts, Response, Reward, total
-from vrlt_fast.rewards.dual import dual_reward
+from vrlt_fast.rewards.dual import make_reward, weights
 from vrlt_fast.train.feed import Feed
 from vrlt_fast.train.guard import Guard
 from vrlt_fast.train.optim import SCHEDULES, MasterAdamW, apply_step, named_trainable
@@ -33,7 +33,6 @@ from vrlt_fast.video.source import ClipSource
 
 PHASES = ("decode", "encode and prefill", "generate", "reward", "reference", "update", "optimizer")
 OURS, PRACTICE = "ours", "practice"
-WEIGHTS = {"semantic", "temporal", "format"}
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,12 @@ class Setting:
 
     @property
     def reward(self) -> Reward:
-        return told_apart(dual_reward(self.config.prompt.think))
+        tasks = {sample.task for sample in self.samples}
+        return told_apart(make_reward(self.config.reward, self.config.prompt, tasks=tasks))
 
     @property
     def weights(self) -> dict[str, float]:
-        return self.config.reward.model_dump(include=WEIGHTS)
+        return weights(self.config.reward)
 
     def feed(self) -> Feed:
         """Prompts as the trainer makes them. Raises BenchError for a video that fails."""
@@ -168,9 +168,10 @@ class OurStage(GrpoStage):
 
     def __init__(self, setting: Setting, folder: Path):
         feed, kept = setting.feed(), Guard(folder, _fail)
-        given = (setting.config, setting.lm, setting.reference, feed, setting.stream(), setting.optimizer)
-        super().__init__(*given, guard=kept, keep=_ignore, say=_ignore)
-        self._reward, self._timed, self._source = setting.reward, setting.optimizer, setting.source
+        given = (setting.config, setting.lm, setting.reference, feed, setting.optimizer)
+        super().__init__(*given, seed=setting.config.train.seed, guard=kept, keep=_ignore, say=_ignore, warn=_ignore)
+        self._rollouts.earnings.each._reward = setting.reward
+        self._timed, self._source = setting.optimizer, setting.source
 
     def timed(self, step: int) -> dict[str, float]:
         """Seconds by phase of one step, ``step`` of all of it, and ``clips decoded``.

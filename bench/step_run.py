@@ -16,11 +16,10 @@ from vrlt_fast.data.demo import build_demo
 from vrlt_fast.model.prompt import Prompt
 from vrlt_fast.model.vision import StepVision
 from vrlt_fast.rewards.base import Response
-from vrlt_fast.rewards.dual import unshaped
 from vrlt_fast.rollout.group import Completion, Group, RolloutRequest
 from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.passes import How
-from vrlt_fast.train.scored import ScoredGroup, score_groups
+from vrlt_fast.train.scored import ScoredGroup, from_parts
 from vrlt_fast.train.step import grpo_backward
 
 REWARD_GAP = 1e-5  # fp32 against fp64
@@ -140,7 +139,9 @@ def _scored(
             for text, t in zip(texts, group, strict=True)
         ]
         groups.append(Group(request, tuple(made)))
-    return score_groups(groups, setting.reward, unshaped, setting.weights, setting.config.grpo)
+    reward = setting.reward
+    parts = [[reward(c.response, g.request.prompt.sample) for c in g.completions] for g in groups]
+    return from_parts(groups, parts, setting.weights, setting.config.grpo)
 
 
 def _our_backward(setting: Setting, scored: Sequence[ScoredGroup]) -> float:

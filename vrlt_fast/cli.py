@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from vrlt_fast.cli_args import Command, parse, usage
 from vrlt_fast.cli_common import read_config
-from vrlt_fast.cli_data import data_check, data_demo
+from vrlt_fast.cli_data import data_check, data_convert, data_demo
 from vrlt_fast.cli_eval import run_eval
+from vrlt_fast.cli_select import select_pick, select_reflect, select_score
+from vrlt_fast.cli_serve import run_serve
 from vrlt_fast.errors import ConfigError, Problem, SetupError, VrltError
 
 if TYPE_CHECKING:
@@ -176,8 +178,13 @@ _COMMANDS: dict[str, Callable[[Command], int]] = {
     "check": _check,
     "data demo": data_demo,
     "data check": data_check,
+    "data convert": data_convert,
+    "select score": select_score,
+    "select reflect": select_reflect,
+    "select pick": select_pick,
     "report": _report,
     "export": _export,
+    "serve": run_serve,
     "doctor": _doctor,
     "bench": _bench,
     "recipe ls": _recipe_ls,

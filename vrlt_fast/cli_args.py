@@ -42,12 +42,25 @@ def _check(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_DIR", help="an HF folder; a checkpoint brings its run's configuration")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="MODEL_DIR|SUITE",
+        help="an HF folder; a checkpoint brings its run's configuration. Or, with --model, a suite",
+    )
+    parser.add_argument("--model", metavar="MODEL_DIR", help="the folder, where the first word is a suite")
+    parser.add_argument("--suite", metavar="NAME", help="metrics, order of columns and sampling of a benchmark")
     parser.add_argument("--data", metavar="FILE.jsonl", help="held-out samples (data.eval)")
     parser.add_argument(
         "--config", "--recipe", action="append", default=[], metavar="RECIPE|FILE.toml", help="may be repeated"
     )
-    parser.add_argument("--out", metavar="FILE.jsonl", help="one line a question")
+    parser.add_argument(
+        "--out", metavar="FILE.jsonl|DIR", help="one line a question; of a suite also a folder for it and results.json"
+    )
+    parser.add_argument(
+        "--count-failed", action="store_true", help="of a suite: questions whose video can't be read count as wrong"
+    )
+    parser.add_argument("--list", action="store_true", help="print the suites")
 
 
 def _data_demo(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +80,57 @@ def _data_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quarantine", metavar="OUT.jsonl", help="write the bad lines there, for data.quarantine")
 
 
+def _select_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="RECIPE|FILE.toml", help="merged left to right")
+    parser.add_argument("--out", required=True, metavar="SCORES.jsonl", help="goes on where it exists")
+    parser.add_argument("--shard", metavar="I/N", help="part I of N of the data, into SCORES.I-of-N.jsonl")
+    parser.add_argument("--retry-failed", action="store_true", help="try videos again that couldn't be read")
+
+
+def _select_reflect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="RECIPE|FILE.toml", help="merged left to right")
+    parser.add_argument("--out", required=True, metavar="PARTIAL.jsonl", help="their lines, for data.quarantine")
+
+
+def _select_pick(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("scores", nargs="+", metavar="SCORES.jsonl", help="all shards of vrlt select score")
+    add("--data", required=True, metavar="FILE.jsonl", help="the file that was scored")
+    add("--out", required=True, metavar="PICKED.jsonl", help="its chosen lines, byte for byte")
+    add("--report", metavar="REPORT.html", help="a page on what was kept and dropped")
+    add("--root", metavar="DIR", help="folder of the videos, for the page; default: the data file's")
+    policies = ("variance", "sigma", "buckets", "gauss", "random")
+    add("--policy", choices=policies, default="variance", help="docs/select.md; default: variance")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--count", type=int, metavar="N", help="how many to keep; default: all that pass the filters")
+    size.add_argument("--share", type=float, metavar="X", help="or which share of those that pass the filters")
+    add("--drop-flat", action="store_true", help="filter: no samples that are always right or always wrong")
+    add("--min-std", type=float, default=0.0, metavar="X", help="filter: deviation in units of the task's own")
+    add("--mean", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="filter: mean reward, 0 to 1")
+    add("--alpha", type=float, help="sigma and buckets: chances in proportion to deviation^alpha; default: 1")
+    add("--tau", type=float, help="buckets: rewards of so much of the highest are hits; default: 0.5")
+    add("--ratio", type=float, nargs=3, metavar=("HARD", "MEDIUM", "EASY"), help="buckets: default: 1 6 3")
+    add("--target", type=float, help="gauss: wanted mean reward; default: 0.3")
+    add("--width", type=float, help="gauss: its deviation; default: 0.15")
+    add("--quota", action="append", default=[], metavar="TASK=N|equal", help="how many of a task; may be repeated")
+    add("--parts", metavar="NAME,NAME", help="count these parts of the reward alone; default: all")
+    add("--partial", action="store_true", help="pick though some samples have no score yet")
+    add("--seed", type=int, default=0)
+
+
+def _data_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", metavar="FORMAT", help="docs/data.md lists them")
+    parser.add_argument("file", metavar="FILE", help="annotations of a public data set")
+    parser.add_argument("out", metavar="OUT.jsonl", help="new file")
+    parser.add_argument("--videos", metavar="DIR", help="folder of the videos and images, to find and measure them")
+    parser.add_argument("--root", metavar="DIR", help="folder above it that paths are relative to; default: --videos")
+    parser.add_argument("--strip", default="", metavar="TEXT", help="remove this from the front of the file's paths")
+    parser.add_argument("--durations", metavar="FILE", help="CSV or JSON: seconds by video")
+    parser.add_argument("--split", default="", metavar="NAME", help="part of the ids; of nextgqa, the companion's name")
+    parser.add_argument("--seed", type=int, default=0, help="of what a format chooses at random")
+    parser.add_argument("--skip-bad", action="store_true", help="write the good entries in spite of problems")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder")
 
@@ -75,6 +139,18 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="CHECKPOINT|RUN", help="of a run: its newest checkpoint")
     parser.add_argument("out", metavar="OUT", help="new folder, an HF model")
     parser.add_argument("--adapter", action="store_true", help="also OUT/adapter, for peft")
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_DIR", help="an HF folder; a checkpoint brings its run's configuration")
+    parser.add_argument("--port", type=int, default=8123, metavar="N", help="0: a free one; default: 8123")
+    parser.add_argument("--host", default="127.0.0.1", help="others than this machine's own need a token")
+    parser.add_argument(
+        "--config", "--recipe", action="append", default=[], metavar="RECIPE|FILE.toml", help="may be repeated"
+    )
+    parser.add_argument(
+        "--token-env", metavar="NAME", help="environment variable with the token of requests; default: VRLT_TOKEN"
+    )
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
@@ -100,21 +176,26 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "check": ("check a run's inputs, and whether it fits into memory", _check),
     "data demo": ("make the demo data set and its tiny model", _data_demo),
     "data check": ("check a file of samples", _data_check),
+    "data convert": ("make samples of a public data set's annotations", _data_convert),
+    "select score": ("draw responses to training samples and note what they earn", _select_score),
+    "select reflect": ("ask the model for times that the annotations lack", _select_reflect),
+    "select pick": ("choose training samples by their scores", _select_pick),
     "report": ("write RUN/report.html again", _report),
     "export": ("copy a checkpoint's model, for others", _export),
+    "serve": ("answer how far along a task is, over HTTP", _serve),
     "doctor": ("say what is installed and which paths are active", _doctor),
     "bench": ("measure, or list what was measured; as python -m bench in the sources", _nothing),
     "recipe ls": ("list the recipes", _nothing),
     "recipe show": ("print a recipe", _name),
     "recipe cp": ("copy a recipe, to edit it", _name_out),
 }
-_WITH_OVERRIDES = ("train", "eval", "check", "data check")
+_WITH_OVERRIDES = ("train", "eval", "check", "select score", "select reflect", "data check", "serve")
 _PASSED_ON = ("bench",)
 
 
 def usage() -> str:
     """The text of ``vrlt --help``."""
-    rows = "\n".join(f"  {verb:<12} {about}" for verb, (about, _) in VERBS.items())
+    rows = "\n".join(f"  {verb:<14} {about}" for verb, (about, _) in VERBS.items())
     return (
         "usage: vrlt COMMAND ...\n\nReinforcement learning tuning of video LLMs.\n\n"
         f"commands (vrlt COMMAND --help says more):\n{rows}\n\n"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vrlt_fast.cli_args import Command
 from vrlt_fast.cli_common import Bar, read_config
 from vrlt_fast.errors import ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from vrlt_fast.data.formats.base import Context, Output
 
 
 def data_demo(command: Command) -> int:
@@ -31,7 +36,7 @@ def data_demo(command: Command) -> int:
                     out, seed=flags.seed, train_clips=flags.train_clips, heldout_clips=flags.heldout_clips, progress=bar
                 )
         _tiny_model(out, flags.seed)
-    console.message(f"{out}: train.jsonl, heldout.jsonl, videos/, tiny-model/")
+    console.message(f"{out}: train.jsonl, heldout.jsonl, tasks.jsonl, videos/, tiny-model/")
     return 0
 
 
@@ -63,3 +68,57 @@ def data_check(command: Command) -> int:
             f"{flags.quarantine}: {count} lines; leave them out with --data.quarantine {flags.quarantine}\n"
         )
     return 0 if report.ok else DataError(report.problems).exit_code
+
+
+def data_convert(command: Command) -> int:
+    flags, out = command.flags, Path(command.flags.out)
+    from vrlt_fast.data.formats.convert import FORMATS, read_format
+    from vrlt_fast.data.readers import write_jsonl
+    from vrlt_fast.files import storage_errors
+
+    if flags.format not in FORMATS:
+        what, why = f'unknown format "{flags.format}"', f"formats: {', '.join(FORMATS)}"
+        raise ConfigError(Problem("VRLT-C02", what, "command line", why, "docs/data.md says what each is"))
+    if out.exists():
+        raise DataError(Problem("VRLT-D13", "the file exists already", str(out), fix="name another file"))
+    found = read_format(flags.format, flags.file, _context(command))
+    if found.problems and not (flags.skip_bad and found.samples):
+        sys.stdout.write("".join(f"{problem}\n" for problem in found.problems) + _converted(found))
+        sys.stdout.write("nothing is written; --skip-bad writes the good entries\n" if found.samples else "")
+        return DataError(found.problems).exit_code
+    with storage_errors(out):
+        write_jsonl(found.samples, out)
+    sys.stdout.write(_converted(found))
+    root = flags.root or flags.videos
+    sys.stdout.write(f"{out}: {len(found.samples)} samples" + (f"; data.root is {root}\n" if root else "\n"))
+    return 0
+
+
+def _context(command: Command) -> Context:
+    """Where the files are and how long they last, as the command line says."""
+    flags = command.flags
+    from vrlt_fast.data.formats.base import Context
+    from vrlt_fast.data.formats.media import Media, read_durations
+    from vrlt_fast.video.index import probe
+
+    for name in ("videos", "root"):
+        folder = getattr(flags, name)
+        if folder and not Path(folder).is_dir():
+            raise ConfigError(Problem("VRLT-C02", f"--{name} {folder} isn't a folder", "command line"))
+    videos, root = (Path(folder) if folder else None for folder in (flags.videos, flags.root))
+    media = Media(videos, root, flags.strip)
+    base = media.base
+    measure = (lambda path: probe(base / path).duration) if videos and base else None
+    table = read_durations(Path(flags.durations)) if flags.durations else {}
+    return Context(media, table, measure, flags.split, flags.seed)
+
+
+def _converted(found: Output) -> str:
+    """What became of the entries: tasks, what was left out and why, what was changed."""
+    lines = [
+        *(f"{task}: {count} samples" for task, count in sorted(Counter(s.task for s in found.samples).items())),
+        *(f"skipped, {reason}: {count}" for reason, count in sorted(found.skipped.items())),
+        *(f"{change}: {count}" for change, count in sorted(found.changed.items())),
+        *(f"problems {code}: {count}" for code, count in sorted(Counter(p.code for p in found.problems).items())),
+    ]
+    return "".join(f"{line}\n" for line in lines)

@@ -42,7 +42,7 @@ class DataConfig(Section):
     root: str = ""
     """Folder that video paths are relative to, and may not leave; empty: the folder of the JSONL file."""
     tasks: tuple[str, ...] = ()
-    """Train on samples of these tasks alone; empty: all."""
+    """Train, and evaluate while training, on samples of these tasks alone; empty: all."""
     shuffle_options: bool = False
     """Put the options of every question into an order of its own, fixed by train.seed (SEED-Bench-R1)."""
     invert: Share = 0.0

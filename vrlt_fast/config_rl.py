@@ -169,15 +169,27 @@ class SelectConfig(Section):
     """Groups with signal that are kept, to stand in for groups without in later steps; 0: none."""
     weighted: bool = False
     """Draw samples by the running deviation of their rewards in this run, rather than evenly."""
-    solved: Annotated[float, Field(ge=0.0)] = 0.0
+    solved: Share = 0.0
     """Leave samples out whose mean reward reached this share of the highest possible, after each epoch; 0: none."""
     mask_outside: Share = 0.0
     """VideoTG-R1: share of the video outside the annotated span that is grey for hard samples at the first step."""
     mask_steps: Count = 0
     """Steps over which that falls to nothing."""
+    frames_first: Count = 0
+    """VST: most frames of a video at the first step of GRPO; 0: video.max_frames at all steps."""
+    frames_steps: Count = 0
+    """Steps over which that rises to video.max_frames."""
+    frames_by: Positive = 20
+    """Frames by which it rises at a time."""
     hint: Share = 0.0
     """DeepVideo-R1: share of a right reasoning given as a hint to samples as hard as can be."""
     noise: Annotated[float, Field(ge=0.0)] = 0.0
     """DeepVideo-R1: deviation of the noise on frames (in levels of 255) of samples as easy as can be."""
     window: Positive = 100
     """DeepVideo-R1: samples over which the mean reward is taken that says what is hard."""
+
+    @model_validator(mode="after")
+    def _waves(self) -> SelectConfig:
+        if self.first == 1 or self.first >= self.repeats:
+            raise ValueError(f"first is {self.first} of {self.repeats} repeats: 0 (all at once), or 2 to repeats - 1")
+        return self

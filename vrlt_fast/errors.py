@@ -1,8 +1,8 @@
 """Coded errors: what happened, where, why, and the command that mends it.
 
 Every code has a paragraph in docs/troubleshooting.md; a test compares the two sets. The first letter after
-``VRLT-`` fixes the exit code of the command line: C = 2 (config), D and V = 3 (data, video), M, R, K and E = 4
-(model folder, run folder, checkpoint, environment), S = 75 (stopped, resumable).
+``VRLT-`` fixes the exit code of the command line: C and W = 2 (config, rewards), D, V and L = 3 (data, video,
+selection), M, R, K and E = 4 (model folder, run folder, checkpoint, environment), S = 75 (stopped, resumable).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ CODES: dict[str, str] = {
     "VRLT-D11": "unknown field",
     "VRLT-D12": "too many videos failed",
     "VRLT-D13": "output of a data command exists already",
+    "VRLT-D14": "grammar without a form for a sample's right answer",
+    "VRLT-D15": "annotation of another format can't be converted",
     "VRLT-V01": "video file missing",
     "VRLT-V02": "video file empty or unreadable",
     "VRLT-V03": "file has no video stream",
@@ -57,13 +59,20 @@ CODES: dict[str, str] = {
     "VRLT-E05": "out of memory in the update",
     "VRLT-E06": "shared prefix differs from replicated rows",
     "VRLT-E07": "the run doesn't fit into memory",
+    "VRLT-W01": "reward function of the user's can't be loaded",
+    "VRLT-W02": "judge doesn't work",
+    "VRLT-W03": "request to the progress server isn't valid",
+    "VRLT-L01": "scores of another model, recipe or data file",
+    "VRLT-L02": "file of scores damaged, incomplete or in use",
+    "VRLT-L03": "nothing left to pick",
+    "VRLT-L04": "sample annotated in part only",
     "VRLT-S01": "loss or gradient not finite",
     "VRLT-S02": "stopped by a signal",
     "VRLT-S03": "logits of a rollout not finite",
     "VRLT-S04": "another process of the run has ended",
 }
 
-_EXIT = {"C": 2, "D": 3, "V": 3, "M": 4, "R": 4, "K": 4, "E": 4, "S": 75}
+_EXIT = {"C": 2, "W": 2, "D": 3, "V": 3, "M": 4, "R": 4, "K": 4, "E": 4, "L": 3, "S": 75}
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class VrltError(Exception):
 
 
 class ConfigError(VrltError):
-    """Codes VRLT-Cxx, exit 2."""
+    """Codes VRLT-Cxx and VRLT-Wxx (rewards), exit 2."""
 
 
 class DataError(VrltError):

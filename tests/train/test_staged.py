@@ -60,11 +60,11 @@ def test_the_gradient_after_running_out_of_memory_in_a_piece(lm, groups, seed, m
     whole, calls = gradients(lm), []
     rows = staged.StagedPrompt.logprobs
 
-    def second_piece_fails(self, *args):
+    def second_piece_fails(self, *args, **more):
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return rows(self, *args)
+        return rows(self, *args, **more)
 
     monkeypatch.setattr(staged.StagedPrompt, "logprobs", second_piece_fails)
     prompt = len(scored[0].group.request.prompt)

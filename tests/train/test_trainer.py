@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from vrlt_fast.data.readers import read_jsonl
+from vrlt_fast.data.splits import data_root
 from vrlt_fast.errors import DataError
-from vrlt_fast.evals.run import data_root
 from vrlt_fast.model.load import load_model
 from vrlt_fast.report.console import Console
 from vrlt_fast.train.feed import Feed
@@ -135,8 +135,7 @@ def stage_of(kind, config, reference=True, keep=lambda lines: None):
         return SftStage(config, lm, feed, feed.videos(config.sft.batch, 1), optimizer, guard=guard)
     twin = load_model(config.model, inputs.info) if reference else None
     optimizer = make_optimizer(lm, config.optim, config.grpo.lr)
-    stream = feed.questions(config.rollout.prompts, 1)
-    return GrpoStage(config, lm, twin, feed, stream, optimizer, guard=guard, keep=keep, say=print)
+    return GrpoStage(config, lm, twin, feed, optimizer, seed=1, guard=guard, keep=keep, say=print, warn=print)
 
 
 def test_sft_steps_lower_the_loss(make_config):
@@ -152,7 +151,7 @@ def test_only_a_second_update_leaves_the_rollout_policy(make_config, updates):
     reward = {"shuffle": False}
     stage = stage_of("grpo", make_config(grpo=grpo, reward=reward, rollout={"group_size": 6, "prompts": 4}), False)
     # an untrained model earns nothing: rewards that differ are what is needed here
-    stage._reward = lambda response, sample: {"format": float(len(response.text) % 2)}
+    stage._rollouts.earnings.each._reward = lambda response, sample: {"format": float(len(response.text) % 2)}
     record = stage.step(1)
     assert record["reward_std"] > 0
     assert record["mismatch"]["max"] < 1e-4
@@ -166,7 +165,9 @@ def test_shuffled_rewards_are_the_same_rewards(make_config):
         config = make_config(reward={"shuffle": shuffle}, rollout={"group_size": 6, "prompts": 4})
         found[shuffle] = []
         stage = stage_of("grpo", config, keep=found[shuffle].extend)
-        stage._reward = lambda response, sample: {"format": float(sum(map(ord, response.text)) % 7)}
+        stage._rollouts.earnings.each._reward = lambda response, sample: {
+            "format": float(sum(map(ord, response.text)) % 7)
+        }
         stage.step(1)
     plain, shuffled = found[False], found[True]
     assert [c["response"] for c in plain] == [c["response"] for c in shuffled]
@@ -179,7 +180,7 @@ def test_shuffled_rewards_are_the_same_rewards(make_config):
 def test_a_step_without_signal_changes_nothing(make_config):
     """An untrained model earns nothing: without a KL neither pass nor optimizer step is worth it."""
     stage = stage_of("grpo", make_config(grpo={"steps": 2}, optim={"weight_decay": 10.0}), False)
-    stage._reward = lambda response, sample: {"format": 1.0}
+    stage._rollouts.earnings.each._reward = lambda response, sample: {"format": 1.0}
     before = [p.detach().clone() for p in stage.lm.module.parameters()]
     record = stage.step(1)
     assert (record["zero_signal_groups"], record["response_tokens_passed"]) == (2, 0)
@@ -203,14 +204,14 @@ def test_refill_takes_further_prompts_until_enough_have_signal(make_config):
         call = next(calls)  # groups of three, one after the other
         return {"format": float(call % 3) if call // 3 % 2 else 1.0}
 
-    stage._reward = reward
+    stage._rollouts.earnings.each._reward = reward
     record = stage.step(1)
     assert (record["responses"], record["zero_signal_groups"]) == (4 * 3, 2)
     assert len(kept) == 4
     assert 0 < record["response_tokens_passed"] < sum(r["n_tokens"] for lines in kept for r in lines)
     seeds = {line["response"] for lines in kept for line in lines}
     assert len(seeds) > 1
-    stage._reward = lambda response, sample: {"format": 1.0}
+    stage._rollouts.earnings.each._reward = lambda response, sample: {"format": 1.0}
     record = stage.step(2)
     assert (record["responses"], record["response_tokens_passed"]) == ((1 + 3) * 2 * 3, 0)
 
@@ -221,7 +222,7 @@ def test_learning_rate_of_grpo_follows_its_schedule(make_config, schedule, last)
         "grpo", make_config(grpo={"schedule": schedule, "lr": 1e-6, "steps": 9}, optim={"warmup": 0}), False
     )
     counted = itertools.count()
-    stage._reward = lambda response, sample: {"format": float(next(counted))}
+    stage._rollouts.earnings.each._reward = lambda response, sample: {"format": float(next(counted))}
     assert stage.step(9)["lr"] == pytest.approx(last * 1e-6)
     assert all(group["lr"] == pytest.approx(last * 1e-6) for group in stage.optimizer.param_groups)
 

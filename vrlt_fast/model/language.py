@@ -12,7 +12,7 @@ from vrlt_fast.model.attention import Pass
 from vrlt_fast.model.layout import GroupLayout
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.vision import VisionEmbeds
-from vrlt_kernels import GroupSpans, TokenLogprob, group_attention, linear_logprob
+from vrlt_kernels import GroupSpans, TokenLogprob, group_attention, linear_logprob, linear_token_weight
 
 LOGITS = 2**27
 """Most logits that exist at a time (512 MB in fp32)."""
@@ -138,6 +138,7 @@ def target_logprobs(
     temperature: float = 1.0,
     *,
     also: torch.Tensor | None = None,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs fp32 [M] of the target tokens, with gradients, and entropies [M] in nats, without.
 
@@ -146,6 +147,7 @@ def target_logprobs(
     Args:
         also: int64 [n] places of further tokens to score, which are inputs themselves; none first in its prefix. Theirs
             stand behind those of the targets.
+        entropy_grad: entropies with gradients too.
     """
     source, targets = layout.source, layout.targets
     if also is not None:
@@ -153,7 +155,30 @@ def target_logprobs(
         source, targets = torch.cat([source, also - 1]), torch.cat([targets, layout.ids[also]])
     hidden = hidden_states(lm, layout, vision).index_select(0, source)
     out = score_hidden(lm, hidden, targets, temperature)
-    return out.logp, out.entropy.detach()
+    return out.logp, out.entropy if entropy_grad else out.entropy.detach()
+
+
+def target_weights(
+    lm: VideoLM, layout: GroupLayout, vision: VisionEmbeds, temperature: float, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`target_logprobs`, entropies with gradients, and TW-GRPO's weights [M] of the targets in 1..alpha,
+    without; a group is the rows of a prefix.
+    """
+    hidden, head = target_hidden(lm, layout, vision), lm.module.lm_head
+    out = score_hidden(lm, hidden, layout.targets, temperature)
+    ends = torch.tensor([0, *(len(rows) for rows in layout.spans.rows)], device=hidden.device).cumsum(0)
+    with torch.no_grad():
+        weight = linear_token_weight(
+            hidden.detach(),
+            head.weight,
+            layout.target_offsets,
+            ends,
+            bias=head.bias,
+            alpha=alpha,
+            temperature=temperature,
+            budget_bytes=LOGITS * hidden.element_size(),
+        )
+    return out.logp, out.entropy, weight
 
 
 def score_hidden(lm: VideoLM, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> TokenLogprob:

@@ -23,6 +23,8 @@ def replicated_logprobs(
     rows: Sequence[Sequence[Row]],
     vision: VisionEmbeds,
     temperature: float = 1.0,
+    *,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`~vrlt_fast.model.language.target_logprobs` of the layout of these prompts and rows, at least one.
 
@@ -37,7 +39,8 @@ def replicated_logprobs(
             inputs = make_inputs(lm, layout.ids, layout.positions, layout.visual, seen)
             hidden = run_text(lm, inputs, None).index_select(0, layout.source)
             scored.append(score_hidden(lm, hidden, layout.targets, temperature))
-    return torch.cat([s.logp for s in scored]), torch.cat([s.entropy.detach() for s in scored])
+    entropy = torch.cat([s.entropy for s in scored])
+    return torch.cat([s.logp for s in scored]), entropy if entropy_grad else entropy.detach()
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,7 @@ def shared_logprobs(
     temperature: float = 1.0,
     *,
     method: Method = "gather_kv",
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`~vrlt_fast.model.language.target_logprobs`, of this process's targets alone; all call it together.
 
@@ -268,7 +269,7 @@ def shared_logprobs(
     hidden = run_share(lm, shared.inputs(lm, vision), sequence_pass(shared, method, recompute=is_recomputed(lm)))
     sources = torch.cat([hidden, shared.last_tokens(hidden)]).index_select(0, shared.source)
     out = score_hidden(lm, sources, shared.target_ids, temperature)
-    return out.logp, out.entropy.detach()
+    return out.logp, out.entropy if entropy_grad else out.entropy.detach()
 
 
 def run_share(lm: VideoLM, inputs: Inputs, group_pass: Pass) -> torch.Tensor:

@@ -86,11 +86,16 @@ class StagedPrompt:
         pairs = zip(self._leaves[1::2], self._leaves[2::2], strict=True)
         self._keys_values: KeyValues = dict(enumerate(pairs))
 
-    def logprobs(self, rows: Sequence[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, *, entropy_grad: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :func:`~vrlt_fast.model.language.target_logprobs` of the prompt and these rows."""
-        return self._lm.run(self._logprobs, build_layout([self._prompt], [rows], device=self._lm.device), temperature)
+        layout = build_layout([self._prompt], [rows], device=self._lm.device)
+        return self._lm.run(self._logprobs, layout, temperature, entropy_grad)
 
-    def _logprobs(self, layout: GroupLayout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logprobs(
+        self, layout: GroupLayout, temperature: float, entropy_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lm, prefix = self._lm, len(self._prompt)
         hidden = [self._leaves[0]]
         embeds = lm.module.get_input_embeddings()(layout.ids[prefix:])
@@ -101,7 +106,7 @@ class StagedPrompt:
             hidden.append(run_nothing(lm, inputs, GroupPass(GroupSpans.of([0], [[]]))))
         sources = torch.cat(hidden).index_select(0, layout.source - (prefix - 1))
         out = score_hidden(lm, sources, layout.targets, temperature)
-        return out.logp, out.entropy.detach()
+        return out.logp, out.entropy if entropy_grad else out.entropy.detach()
 
     def backward(self) -> None:
         """Accumulate the gradients of parameters, and of the visual tokens, from what the leaves have collected."""

@@ -48,16 +48,18 @@ class SharedStagedPrompt(StagedPrompt):
         return (last, *recorded.take())
 
     def shared_logprobs(
-        self, rows: Sequence[Row], temperature: float
+        self, rows: Sequence[Row], temperature: float, *, entropy_grad: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, SharedLayout]:
         """Log-probs and entropies of the targets of own rows, and which they are."""
         layout = build_layout([self._prompt], [rows], device=self._lm.device)
         shared = SharedLayout(layout, self._peers, first=self._pieces)
         self._pieces += len(rows)
-        logp, entropy = self._lm.run(self._scored, shared, temperature)
+        logp, entropy = self._lm.run(self._scored, shared, temperature, entropy_grad)
         return logp, entropy, shared
 
-    def _scored(self, shared: SharedLayout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scored(
+        self, shared: SharedLayout, temperature: float, entropy_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lm = self._lm
         held = sum(shared.share.prefix_counts)
         places = shared.places[held:]
@@ -66,4 +68,4 @@ class SharedStagedPrompt(StagedPrompt):
         hidden = run_share(lm, Inputs(embeds, shared.layout.positions[:, places]), rows_pass)
         sources = torch.cat([hidden, self._leaves[0]]).index_select(0, shared.source - held)
         out = score_hidden(lm, sources, shared.target_ids, temperature)
-        return out.logp, out.entropy.detach()
+        return out.logp, out.entropy if entropy_grad else out.entropy.detach()

@@ -9,16 +9,19 @@ from pathlib import Path
 from vrlt_fast.config import Config, PromptConfig
 from vrlt_fast.data.readers import resolve_images, resolve_video
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.data.stream import BatchStream
+from vrlt_fast.data.stream import BatchStream, Stream
 from vrlt_fast.errors import DataError, Problem, VideoError
 from vrlt_fast.model.load import ModelInfo
 from vrlt_fast.model.prompt import Prompt, encode_prompt, read_by_all
 from vrlt_fast.parallel.replicas import Replicas
 from vrlt_fast.parallel.sequence import Peers
 from vrlt_fast.video.images import ImageLoader
+from vrlt_fast.video.labels import with_ids
 from vrlt_fast.video.preprocess import Clip
 from vrlt_fast.video.source import Clips
 
+Change = Callable[[int, Sample, Clip], tuple[Sample, Clip]]
+"""What becomes of a sample, by its index, and of its clip, before they are made a prompt."""
 WINDOW = 500
 """Videos over which the share of failures is taken."""
 FEWEST = 3
@@ -51,9 +54,11 @@ class Feed:
         self._replicas, self._peers = replicas or Replicas(), peers or Peers()
         self._images = ImageLoader(config.video, info.geometry)
         self._outcomes: deque[bool] = deque(maxlen=WINDOW)
-        self._followed: BatchStream | None = None
+        self._followed: Stream | None = None
         by_video: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
+            if config.sft.reasoned and not sample.reasoning:
+                continue
             by_video.setdefault(sample.video, []).append(index)
         self._by_video = list(by_video.values())
 
@@ -62,19 +67,22 @@ class Feed:
         return BatchStream(len(self.samples), batch, seed)
 
     def videos(self, batch: int, seed: int) -> BatchStream:
-        """An order over the videos, for :meth:`next_videos`."""
+        """An order over the videos, for :meth:`next_videos`; with ``sft.reasoned`` over those with a reasoning."""
         return BatchStream(len(self._by_video), batch, seed)
 
-    def next(self, stream: BatchStream) -> list[Prompt]:
+    def next(self, stream: Stream, change: Change | None = None) -> list[Prompt]:
         """The prompts of the next samples: fewer than the batch when videos fail, never others in their place.
+
+        Args:
+            change: what becomes of each sample and clip first.
 
         Raises:
             DataError: D12 when more than ``data.max_failed_share`` of the last 500 videos failed.
         """
         self._follow(stream, map(self._replicas.share, stream.ahead()))
-        return self._prompts(self._replicas.share(stream.next()))
+        return self._prompts(self._replicas.share(stream.next()), change=change)
 
-    def next_videos(self, stream: BatchStream, thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
+    def next_videos(self, stream: Stream, thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
         """The prompts of all samples about the next videos, with thinking where ``thinks``; raises as :meth:`next`."""
         self._follow(stream, map(self._questions_about, stream.ahead()))
         return self._prompts(self._questions_about(stream.next()), thinks)
@@ -82,7 +90,7 @@ class Feed:
     def _questions_about(self, videos: Sequence[int]) -> list[int]:
         return [index for video in self._replicas.share(videos) for index in self._by_video[video]]
 
-    def _follow(self, stream: BatchStream, ahead: Iterable[Sequence[int]]) -> None:
+    def _follow(self, stream: Stream, ahead: Iterable[Sequence[int]]) -> None:
         """Tell the loader what comes, once a stream."""
         if stream is not self._followed:
             self._followed = stream
@@ -98,11 +106,17 @@ class Feed:
             return None
 
     def _encoded(self, sample: Sample, clip: Clip, asked: PromptConfig) -> Prompt:
+        clip = with_ids(clip, sample.instances) if asked.draw_ids else clip
         images = [self._images.load(path) for path in resolve_images(sample, self._root) if asked.images]
         reserve = self._config.rollout.max_new_tokens
         return encode_prompt(self._info, sample, clip, asked, images=images, reserve=reserve)
 
-    def _prompts(self, indices: Sequence[int], thinks: Callable[[Sample], bool] | None = None) -> list[Prompt]:
+    def _prompts(
+        self,
+        indices: Sequence[int],
+        thinks: Callable[[Sample], bool] | None = None,
+        change: Change | None = None,
+    ) -> list[Prompt]:
         prompts = []
         readable: dict[str, bool] = {}  # a video counts once, however many questions about it the step has
         for index in indices:
@@ -115,7 +129,8 @@ class Feed:
                 asked = self._config.prompt
                 if thinks is not None and thinks(sample):
                     asked = asked.model_copy(update={"think": True})
-                prompts.append(self._encoded(sample, clip, asked))
+                shown = change(index, sample, clip) if change is not None else (sample, clip)
+                prompts.append(self._encoded(*shown, asked))
             except DataError as error:
                 if clip is None and isinstance(error, VideoError):
                     readable[sample.video] = False

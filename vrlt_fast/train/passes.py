@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from vrlt_fast.config import Config
-from vrlt_fast.model.language import target_logprobs
+from vrlt_fast.config_rl import GrpoConfig
+from vrlt_fast.model.language import target_logprobs, target_weights
 from vrlt_fast.model.layout import GroupLayout, Row, build_layout, response_row
 from vrlt_fast.model.load import VideoLM
 from vrlt_fast.model.prompt import Prompt
@@ -36,6 +37,8 @@ class How:
     ``prefix``: "replicated" computes a prompt once a response, to check that the shared one is the same. ``peers``:
     processes with the same groups that share every pass, each with its rows, by ``method``; ``micro_tokens`` is then
     what each of them computes. ``in_step``: processes that gather weights in their passes, and so make equally many.
+    ``alpha``: TW-GRPO's weights are wanted, up to this. ``entropy_grad``: entropies have gradients. ``whole``: the loss
+    is of groups, which aren't cut.
     """
 
     temperature: float
@@ -45,13 +48,24 @@ class How:
     peers: Peers = field(default_factory=Peers)
     method: Method = "gather_kv"
     in_step: Replicas = field(default_factory=Replicas)
+    alpha: float = 1.0
+    entropy_grad: bool = False
+    whole: bool = False
 
     @staticmethod
     def of(config: Config, mesh: Mesh, micro_tokens: int) -> How:
         """That of a run's GRPO updates."""
-        train, temperature = config.train, config.rollout.temperature
+        train, grpo = config.train, config.grpo
         more = (train.prefix, mesh.peers, config.parallel.sequence, mesh.in_step)
-        return How(temperature, train.micro_rows, micro_tokens, *more)
+        return How(
+            config.rollout.temperature,
+            train.micro_rows,
+            micro_tokens,
+            *more,
+            alpha=grpo.token_weight,
+            entropy_grad=grpo.entropy > 0,
+            whole=of_groups(grpo),
+        )
 
     def rounds(self, scored: Sequence[ScoredGroup]) -> list[tuple[Unit, int]]:
         """What goes through together, with the number of passes that the process with most of them makes then; empty
@@ -63,7 +77,7 @@ class How:
 
     def units(self, scored: Sequence[ScoredGroup]) -> list[Unit]:
         """What goes through together."""
-        units = update_units(scored, self.micro_rows, self.micro_tokens * self.peers.size)
+        units = update_units(scored, self.micro_rows, self.micro_tokens * self.peers.size, whole=self.whole)
         return units if self.prefix == "shared" else [[batch] for unit in units for batch in unit]
 
     def vision(self, lm: VideoLM, unit: Unit, held: Embeddings | None = None) -> VisionEmbeds:
@@ -75,18 +89,24 @@ class How:
 class Scores:
     """Log-probs [n], with gradients, and entropies [n] of the targets of ``rows``: groups and numbers of responses,
     those of this process. ``offsets`` int64 [rows + 1]: where each row's begin. ``logical``: tokens that they would be
-    with a prompt each.
+    with a prompt each. ``weight`` [n]: TW-GRPO's, where it is wanted.
     """
 
     logp: torch.Tensor
     entropy: torch.Tensor
     rows: list[tuple[ScoredGroup, int]]
     logical: int
+    weight: torch.Tensor | None = None
 
     @property
     def offsets(self) -> torch.Tensor:
         lengths = [0, *(len(s.group.completions[i].tokens) for s, i in self.rows)]
         return torch.tensor(lengths, device=self.logp.device).cumsum(0)
+
+
+def of_groups(grpo: GrpoConfig) -> bool:
+    """Whether the loss of a response depends on the other responses' tokens, so that a group goes through whole."""
+    return grpo.policy == "reg" or grpo.token_weight > 1
 
 
 def most_by_place(counts: Sequence[Sequence[int]]) -> list[int]:
@@ -126,27 +146,39 @@ class UnitPass:
         every = [(s, i) for s in chunk for i in s.trained]
         if self._how.peers.size > 1:
             return self._shared(chunk, prompts, rows)
-        layout = build_layout(prompts, rows, device=self._lm.device)
+        lm, how, seen, weight = self._lm, self._how, self._vision, None
+        more: dict[str, Any] = {"entropy_grad": how.entropy_grad}
+        layout = build_layout(prompts, rows, device=lm.device)
         if self._staged is not None:
             self.tokens += layout.tokens_trained - len(prompts[0])
-            logp, entropy = self._staged.logprobs(rows[0], self._how.temperature)
-        elif self._how.prefix == "shared":
+            logp, entropy = self._staged.logprobs(rows[0], how.temperature, **more)
+        elif how.alpha > 1:
             self.tokens += layout.tokens_trained
-            logp, entropy = self._lm.run(target_logprobs, self._lm, layout, self._vision, self._how.temperature)
+            logp, entropy, weight = lm.run(target_weights, lm, layout, seen, how.temperature, how.alpha)
+        elif how.prefix == "shared":
+            self.tokens += layout.tokens_trained
+            logp, entropy = lm.run(target_logprobs, lm, layout, seen, how.temperature, **more)
         else:
             self.tokens += layout.tokens_logical
-            logp, entropy = replicated_logprobs(self._lm, prompts, rows, self._vision, self._how.temperature)
-        return Scores(logp, entropy, every, layout.tokens_logical)
+            logp, entropy = replicated_logprobs(lm, prompts, rows, seen, how.temperature, **more)
+        return Scores(logp, entropy, every, layout.tokens_logical, weight)
 
     def _shared(self, chunk: MicroBatch, prompts: list[Prompt], rows: list[list[Row]]) -> Scores:
         how = self._how
         if isinstance(self._staged, SharedStagedPrompt):
-            logp, entropy, shared = self._staged.shared_logprobs(rows[0], how.temperature)
+            more: dict[str, Any] = {"entropy_grad": how.entropy_grad}
+            logp, entropy, shared = self._staged.shared_logprobs(rows[0], how.temperature, **more)
             self.tokens += sum(map(sum, shared.share.lengths))
         else:
             shared = SharedLayout(build_layout(prompts, rows, device=self._lm.device), how.peers)
             logp, entropy = self._lm.run(
-                shared_logprobs, self._lm, shared, self._vision, how.temperature, method=how.method
+                shared_logprobs,
+                self._lm,
+                shared,
+                self._vision,
+                how.temperature,
+                method=how.method,
+                entropy_grad=how.entropy_grad,
             )
             self.tokens += shared.share.tokens
         own = [(s, s.trained[r]) for s, mine in zip(chunk, shared.rows, strict=True) for r in mine]

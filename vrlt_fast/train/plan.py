@@ -17,16 +17,18 @@ Unit = list[MicroBatch]
 """Micro-batches whose prompts are computed once: one micro-batch of whole groups, or the pieces of one group."""
 
 
-def update_units(scored: Sequence[ScoredGroup], micro_rows: int, micro_tokens: int = 0) -> list[Unit]:
+def update_units(
+    scored: Sequence[ScoredGroup], micro_rows: int, micro_tokens: int = 0, *, whole: bool = False
+) -> list[Unit]:
     """Groups in order, packed into micro-batches of at most ``micro_rows`` responses, but at least one group.
 
     With ``micro_tokens`` a micro-batch has no more tokens of prompts and responses either: a group that is larger alone
-    is cut between its responses, down to one response.
+    is cut between its responses, down to one response, unless groups are to stay ``whole``.
     """
     out: list[Unit] = []
     rows = tokens = 0
     for group in scored:
-        pieces = list(_pieces(group, micro_tokens))
+        pieces = list(_pieces(group, 0 if whole else micro_tokens))
         size, n = piece_tokens(group), len(group.trained)
         if len(pieces) > 1:
             out.append([[piece] for piece in pieces])
@@ -75,6 +77,7 @@ def fitting(
     undo: Callable[[], None],
     sp: int = 1,
     together: int = 1,
+    whole: bool = False,
 ) -> tuple[T, int, int]:
     """``run(micro_tokens)``; where memory runs out, ``undo()`` and once more with half of the largest micro-batch.
 
@@ -82,6 +85,7 @@ def fitting(
         sp: processes that share a pass.
         together: processes that make all passes together. With several, of either kind, there is no second time: others
             wait in the middle of the first.
+        whole: groups aren't cut.
 
     Returns:
         what it returned, the limit it ran with, and how often memory ran out.
@@ -103,13 +107,13 @@ def fitting(
             torch.cuda.empty_cache()
         many = max(sp, together)
         if many > 1:
-            before = largest(update_units(scored, micro_rows, micro_tokens * sp)) // sp
+            before = largest(update_units(scored, micro_rows, micro_tokens * sp, whole=whole)) // sp
             what = f"out of memory in an update that {many} processes share, each with {before} tokens of a micro-batch"
             fix = f"set train.micro_tokens = {max(before // 2, 1)} or train.recompute = true, or raise parallel.sp"
             raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))
-        before = largest(update_units(scored, micro_rows, micro_tokens))
+        before = largest(update_units(scored, micro_rows, micro_tokens, whole=whole))
         micro_tokens = max(before // 2, 1)
-        if largest(update_units(scored, micro_rows, micro_tokens)) >= before:
+        if largest(update_units(scored, micro_rows, micro_tokens, whole=whole)) >= before:
             what = f"out of memory in the update, with micro-batches of {before} tokens, which can't be cut further"
             fix = "set train.recompute = true, lower video.max_frames or video.max_pixels, or allow shorter responses"
             raise SetupError(Problem("VRLT-E05", what, "train.micro_tokens", why, fix))

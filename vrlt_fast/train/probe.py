@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from vrlt_fast.rollout.sampler import Sampling
 from vrlt_fast.train.checkpoint import load_rng_tensors, rng_tensors
 from vrlt_fast.train.memory import prompts_of, rollout_bytes
 from vrlt_fast.train.optim import MasterAdamW
-from vrlt_fast.train.passes import How
+from vrlt_fast.train.passes import How, of_groups
 from vrlt_fast.train.plan import fitting
 from vrlt_fast.train.process import peak_gb
 from vrlt_fast.train.scored import ScoredGroup
@@ -73,7 +74,7 @@ def probe_step(
         return stats
 
     try:
-        together = {"sp": peers.size, "together": mesh.in_passes}
+        together: dict[str, Any] = {"sp": peers.size, "together": mesh.in_passes, "whole": of_groups(config.grpo)}
         _, tokens, failed = fitting(run, scored, rows, config.train.micro_tokens, undo=optimizer.clear, **together)
     finally:
         optimizer.clear()

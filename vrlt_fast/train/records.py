@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from time import perf_counter, process_time
 from typing import Any
 
+from vrlt_fast.config_rl import GrpoConfig
 from vrlt_fast.rewards.base import Parts
 from vrlt_fast.rollout.group import RolloutStats
 from vrlt_fast.train.guard import Batch, describe_prompts
-from vrlt_fast.train.scored import ScoredGroup
+from vrlt_fast.train.scored import OF_BATCH, ScoredGroup
 from vrlt_fast.train.step import UpdateStats
 
 Record = dict[str, Any]
@@ -77,7 +78,7 @@ def summary(views: Sequence[StepView], clock: Clock) -> Record:
         rolled.add(view.rolled)
     rewards = [r for group in groups for r in group]
     sums = {"kl": stats.kl, "clip_share": stats.clipped, "entropy": stats.entropy}
-    names = [n for n in ("semantic", "temporal", "format") if any(n in p for p in parts)]
+    names = dict.fromkeys(name for p in parts for name in p)
     return {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.fmean(map(statistics.pstdev, groups)),
@@ -124,8 +125,8 @@ def describe(scored: Sequence[ScoredGroup]) -> Batch:
     return describe_prompts([s.group.request.prompt for s in scored], responses)
 
 
-def completion_records(scored: Sequence[ScoredGroup], step: int) -> list[Record]:
-    """Lines of completions.jsonl."""
+def completion_records(scored: Sequence[ScoredGroup], step: int, grpo: GrpoConfig) -> list[Record]:
+    """Lines of completions.jsonl; without an advantage where other groups of the step decide it."""
     return [
         {
             "stage": "grpo",
@@ -138,7 +139,7 @@ def completion_records(scored: Sequence[ScoredGroup], step: int) -> list[Record]
             "finish_reason": completion.response.finish_reason,
             "parts": parts,
             "reward": reward,
-            "advantage": advantage,
+            "advantage": None if grpo.scale in OF_BATCH else advantage,
         }
         for s in scored
         for completion, parts, reward, advantage in zip(

@@ -5,25 +5,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
-
-import torch
 
 from vrlt_fast.config import Config, VideoConfig
 from vrlt_fast.config_load import dump_toml, load_config
 from vrlt_fast.data.prompts import user_text
 from vrlt_fast.data.readers import resolve_images, resolve_video
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError, VrltError
-from vrlt_fast.evals.run import data_root, pick_samples, read_split
+from vrlt_fast.data.splits import data_root, read_split, training_samples
+from vrlt_fast.errors import ConfigError, DataError, Problem, SetupError, VideoError
+from vrlt_fast.evals.run import pick_samples
 from vrlt_fast.files import storage_errors, write_text
 from vrlt_fast.model.layers import check_layers
 from vrlt_fast.model.load import ModelInfo, inspect_model, pick_device
@@ -32,7 +29,9 @@ from vrlt_fast.model.prompt import render
 from vrlt_fast.report.writers import check_writers
 from vrlt_fast.rollout.vllm import check_vllm
 from vrlt_fast.train.check_parallel import check_parallel
+from vrlt_fast.train.check_rewards import check_rewards, check_services, check_tasks
 from vrlt_fast.train.memory import Longest
+from vrlt_fast.train.versions import versions
 from vrlt_fast.video.cache import upright
 from vrlt_fast.video.images import ImageLoader
 from vrlt_fast.video.index import VideoIndex, probe
@@ -90,15 +89,20 @@ def read_inputs(config: Config, *, open_videos: bool = True) -> Inputs:
     check_parallel(config, info)
     if config.rollout.engine == "vllm":
         check_vllm(info.family)
-    train = read_split(config, "train")
+    check_rewards(config)
+    train = training_samples(config)
     heldout: list[Sample] = []
     if config.data.eval:
-        heldout = pick_samples(read_split(config, "eval"), config.eval.samples, config.train.seed)
+        asked = [s for s in read_split(config, "eval") if not config.data.tasks or s.task in config.data.tasks]
+        heldout = pick_samples(asked, config.eval.samples, config.train.seed)
     broken: list[Problem] = []
     longest: Longest | None = None
     if open_videos:
         broken, longest = _probe(config, info, train, data_root(config, "train"))
         broken += _probe(config, info, heldout, data_root(config, "eval"))[0] if heldout else []
+    check_tasks(config, [*train, *heldout])
+    if open_videos:
+        check_services(config, {sample.task for sample in train}, logging.getLogger("vrlt_fast").warning)
     return Inputs(info, train, heldout, _fingerprint(config, info), tuple(broken), longest)
 
 
@@ -323,35 +327,6 @@ def open_run_folder(config: Config) -> Path:
     return out
 
 
-def versions(config: Config) -> dict[str, str]:
-    """Versions and machine, for versions.json."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "device": _device_name(config)}
-    for name in ("vrlt-fast", "torch", "triton", "transformers", "peft", "safetensors", "av"):
-        try:
-            found[name.replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            found[name.replace("-", "_")] = "not installed"
-    found["git"] = _git()
-    return found
-
-
-def _device_name(config: Config) -> str:
-    if pick_device(config.model.device).type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
-
-
-def _git() -> str:
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
 def describe(config: Config, inputs: Inputs, memory: str) -> str:
     """What `vrlt train --dry-run` says after the resolved configuration; ``memory`` is the estimate in words."""
     lines = [
@@ -364,8 +339,3 @@ def describe(config: Config, inputs: Inputs, memory: str) -> str:
     ]
     lines += [str(p) for p in inputs.broken]
     return "\n".join(lines)
-
-
-def first_problem(error: VrltError) -> str:
-    """One line for the console."""
-    return str(error.problems[0]).splitlines()[0]

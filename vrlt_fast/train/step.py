@@ -1,9 +1,11 @@
-"""The gradient of one GRPO step on scored groups: the clipped loss with k3 KL."""
+"""The gradient of one GRPO step on scored groups, of the configured loss."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from time import perf_counter
 
 import torch
@@ -64,7 +66,7 @@ def grpo_backward(
         held: embeddings of a frozen tower, or of the step of a trained one, which ends with this call.
     """
     stats, size = UpdateStats(), size or StepSize.of(scored)
-    normalizer = size.tokens if grpo.reduction == "token" else size.rows
+    normalizer = size.normalizer(grpo.reduction)
     for unit, passes in how.rounds(scored):
         vision = how.vision(lm, unit, held) if unit else None
         begin = perf_counter()
@@ -95,14 +97,19 @@ def _chunk_backward(
         torch.autograd.backward(logp.sum())
         return
     stats.tokens += len(logp)
-    stats.mismatch.add(torch.cat([s.group.completions[i].logprobs for s, i in rows]), logp)
+    rolled = torch.cat([s.group.completions[i].logprobs for s, i in rows])
+    stats.mismatch.add(rolled, logp)
     out = policy_loss(
         logp,
         found.offsets,
-        _spec(grpo, has_reference=ref_logp is not None),
+        loss_of(grpo, has_reference=ref_logp is not None),
         advantages=torch.tensor([s.advantages[i] for s, i in rows], device=logp.device),
-        old_logp=None if old is None else torch.cat([old[id(s.group), i] for s, i in rows]),
+        groups=_groups(rows, logp.device) if grpo.policy == "reg" else None,
+        old_logp=None if old is None else torch.cat([old[id(s.group), i] for s, i in rows]).to(logp.device),
         ref_logp=ref_logp,
+        rollout_logp=None if grpo.correction == "none" else rolled.to(logp.device),
+        entropy=found.entropy if grpo.entropy else None,
+        token_weight=found.weight,
         normalizer=normalizer,
     )
     torch.autograd.backward(out.loss)
@@ -111,6 +118,11 @@ def _chunk_backward(
     stats.clipped += float(out.clipped.sum())
     stats.entropy += float(found.entropy.detach().sum())
     stats.tokens_logical += found.logical
+
+
+def logprobs_of(scored: Sequence[ScoredGroup]) -> OldLogprobs:
+    """Those that the engine saw when it drew the responses: of groups that other weights than today's have drawn."""
+    return {(id(s.group), i): s.group.completions[i].logprobs for s in scored for i in s.trained}
 
 
 @torch.no_grad()
@@ -144,13 +156,30 @@ def _reference_logprobs(
         return logps
 
 
-def _spec(grpo: GrpoConfig, *, has_reference: bool) -> LossSpec:
-    """The configured loss; the log-ratio of k3 is clamped to +-10, so that one token can't outweigh the step."""
+def _groups(rows: Sequence[tuple[ScoredGroup, int]], device: torch.device) -> torch.Tensor:
+    """Where each group's responses begin, int64 [groups + 1]."""
+    sizes = Counter(id(scored) for scored, _ in rows)
+    return torch.tensor([0, *accumulate(sizes.values())], device=device)
+
+
+def loss_of(grpo: GrpoConfig, *, has_reference: bool) -> LossSpec:
+    """The configured loss. The normalizer is given with each call."""
     return LossSpec(
-        reduction="dapo" if grpo.reduction == "token" else "grpo",
+        policy=grpo.policy,
+        reduction=_REDUCTIONS[grpo.reduction],
         clip_low=grpo.clip_low,
         clip_high=grpo.clip_high,
-        kl="k3" if has_reference else "none",
-        kl_clamp_in=10.0,
+        delta=grpo.delta or None,
+        kl=grpo.kl if has_reference else "none",
+        kl_clamp_in=grpo.kl_clamp,
         beta=grpo.beta if has_reference else 0.0,
+        correction=grpo.correction,
+        correction_level=grpo.correction_level,
+        correction_low=grpo.correction_low,
+        correction_high=grpo.correction_high,
+        entropy_coef=grpo.entropy,
+        reg_eps=grpo.reg_eps,
     )
+
+
+_REDUCTIONS = {"token": "dapo", "sequence": "grpo", "constant": "seq_sum_norm"}

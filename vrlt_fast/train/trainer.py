@@ -12,8 +12,9 @@ import torch
 
 from vrlt_fast.config import Config
 from vrlt_fast.config_load import dump_toml
+from vrlt_fast.data.splits import data_root
 from vrlt_fast.errors import Problem, SetupError, Stopped
-from vrlt_fast.evals.run import data_root, evaluate
+from vrlt_fast.evals.run import evaluate
 from vrlt_fast.files import write_lines
 from vrlt_fast.model.embed_cache import from_config
 from vrlt_fast.model.load import VideoLM, enable_recompute, load_model, pick_device
@@ -244,6 +245,8 @@ class Trainer:
         if resumed is not None:
             first = resumed["step"] + 1
             stage.stream.load(resumed["stream"])
+            if known := resumed.get("stage_state"):
+                stage.load(known)
             states = self._tensors
             if isinstance(self.lm, ShardedPolicy) and self._latest is not None:
                 states = load_shards(self._latest, stage.optimizer)
@@ -277,10 +280,9 @@ class Trainer:
             stream = self.feed.videos(config.sft.batch, seed)
             return SftStage(config, self.lm, self.feed, stream, optimizer, **more)
         optimizer = make_optimizer(self.lm, config.optim, config.grpo.lr, seed)
-        stream = self.feed.questions(config.rollout.prompts, seed)
         keep = self.log.completions if self.mesh.first else _forget
-        more |= {"keep": keep, "say": self.console.message}
-        stage = GrpoStage(config, self.lm, self._reference(), self.feed, stream, optimizer, **more)
+        more |= {"keep": keep, "say": self.console.message, "warn": self.console.warn}
+        stage = GrpoStage(config, self.lm, self._reference(), self.feed, optimizer, seed=seed, **more)
         longest = self.mesh.everyone.gather(self.inputs.longest)[0]  # the first process opened the videos
         if config.grpo.steps and longest is not None and wanted(config, self.lm.device):
             stage.probe(longest.sample)
@@ -324,6 +326,7 @@ class Trainer:
             "step": step,
             "final": final,
             "stream": stage.stream.state(),
+            "stage_state": stage.state(),
             "feed": self.mesh.replicas.gather(self.feed.state()),
             "data": self.inputs.fingerprint,
             "bad_steps": self.guard.in_a_row,

@@ -234,6 +234,19 @@ def test_parts_alone(files):
     assert (read_tables([scores], parts=["format"]).shares == 0).all()
 
 
+def test_samples_without_the_parts_leave(files):
+    """A question without spans isn't one whose spans were always wrong."""
+    scores, _ = files
+    lines = [json.loads(line) for line in scores.read_text("utf-8").splitlines()]
+    told = [line for line in lines[1:] if "failed" not in line]
+    for line in told[:5]:
+        line["parts"] = {"semantic": line["parts"].pop("temporal"), **line["parts"]}
+    scores.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    whole, part = read_tables([scores]), read_tables([scores], parts=["temporal"])
+    assert set(whole.ids) - set(part.ids) == {line["id"] for line in told[:5]}
+    assert part.failed == whole.failed | {"no temporal": 5}
+
+
 def test_what_is_refused(files, tmp_path, capsys):
     scores, data = files
     out = tmp_path / "picked.jsonl"

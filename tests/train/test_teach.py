@@ -109,6 +109,14 @@ def test_hard_samples_get_a_hint_and_easy_ones_noise(make_config, demo: Path, tm
     assert 20 < float(gap) < 45
 
 
+def test_a_hint_that_does_not_fit_is_left_out(make_config):
+    stage = stage_of("grpo", make_config(), False)
+    feed, long = stage.feed, "word " * 40_000
+    prompts = feed.next(feed.questions(2, 0), lambda _, sample, clip: (replace(sample, question=long), clip))
+    assert [p.sample.question for p in prompts] == [p.sample.question for p in feed.next(feed.questions(2, 0))]
+    assert feed.failed == 0
+
+
 def test_videos_are_hidden_outside_of_the_span_at_first(make_config, demo: Path, tmp_path: Path):
     samples = [s for s in read_jsonl(demo / "train.jsonl") if s.task == "grounding"][:3]
     levels = [replace(s, difficulty=d) for s, d in zip(samples, (0.0, 0.5, None), strict=True)]

@@ -203,7 +203,8 @@ def read_tables(paths: Sequence[Path], *, parts: Sequence[str] = (), partial: bo
     """The scores of all files of a set.
 
     Args:
-        parts: count these parts of the reward alone; () the reward as it was.
+        parts: count these parts of the reward alone, and leave samples without any of them out, counted under
+            "no PART" as those that failed are; () the reward as it was.
         partial: accept that samples or shards are missing.
 
     Raises:
@@ -246,6 +247,9 @@ class _Rows:
             raise DataError(Problem("VRLT-L02", f"sample {name[:80]!r} is there twice", str(path)))
         if "failed" in line:
             self._failed[name] = str(line["failed"])
+            return
+        if self._parts and not set(self._parts) & line["parts"].keys():
+            self._failed[name] = f"no {', '.join(self._parts)}"
             return
         self._failed.pop(name, None)
         place = self._places[name] = len(self._places)

@@ -111,6 +111,16 @@ class Feed:
         reserve = self._config.rollout.max_new_tokens
         return encode_prompt(self._info, sample, clip, asked, images=images, reserve=reserve)
 
+    def _changed(self, index: int, sample: Sample, clip: Clip, asked: PromptConfig, change: Change | None) -> Prompt:
+        """The prompt of a changed sample; of the sample as it is where a longer text doesn't fit."""
+        other, shown = change(index, sample, clip) if change is not None else (sample, clip)
+        try:
+            return self._encoded(other, shown, asked)
+        except DataError as error:
+            if error.code != "VRLT-D10" or other is sample:
+                raise
+            return self._encoded(sample, shown, asked)
+
     def _prompts(
         self,
         indices: Sequence[int],
@@ -129,8 +139,7 @@ class Feed:
                 asked = self._config.prompt
                 if thinks is not None and thinks(sample):
                     asked = asked.model_copy(update={"think": True})
-                shown = change(index, sample, clip) if change is not None else (sample, clip)
-                prompts.append(self._encoded(*shown, asked))
+                prompts.append(self._changed(index, sample, clip, asked, change))
             except DataError as error:
                 if clip is None and isinstance(error, VideoError):
                     readable[sample.video] = False

@@ -163,6 +163,8 @@ def step_line(record: dict[str, Any], eta: float) -> str:
         fields.append(f"mismatch {gap:.0e}")
     if record.get("zero_signal_groups"):
         fields.append(f"zero-signal {record['zero_signal_groups']}")
+    if record.get("replayed_groups"):
+        fields.append(f"replayed {record['replayed_groups']}")
     if record.get("responses_dropped"):
         fields.append(f"dropped {record['responses_dropped']}")
     if record.get("out_of_memory"):

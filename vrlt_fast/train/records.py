@@ -100,7 +100,7 @@ def summary(views: Sequence[StepView], clock: Clock) -> Record:
         "responses": len(responses),
         "prefix_tokens_read": rolled.prefix_tokens_read,
         "tokens_generated": rolled.tokens_generated,
-        "mismatch": stats.mismatch.record() if stats.tokens else None,
+        "mismatch": stats.mismatch.record() if stats.mismatch.tokens else None,
         "tokens_trained": stats.tokens_trained,
         "tokens_logical": stats.tokens_logical,
     }

@@ -31,6 +31,8 @@ class ScoredGroup:
     advantages: tuple[float, ...]
     trained: tuple[int, ...]
     """Which responses are in the loss."""
+    stale: bool = False
+    """Rolled out in an earlier step."""
 
     @property
     def has_signal(self) -> bool:

@@ -98,7 +98,8 @@ def _chunk_backward(
         return
     stats.tokens += len(logp)
     rolled = torch.cat([s.group.completions[i].logprobs for s, i in rows])
-    stats.mismatch.add(rolled, logp)
+    fresh = torch.tensor([not s.stale for s, _ in rows]).repeat_interleave(found.offsets.diff().cpu())
+    stats.mismatch.add(rolled[fresh], logp.detach()[fresh.to(logp.device)])
     out = policy_loss(
         logp,
         found.offsets,

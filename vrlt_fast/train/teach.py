@@ -98,7 +98,8 @@ class Teaching:
     def filled(self, scored: Sequence[ScoredGroup], step: int) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
         """The groups of a step with earlier ones in the place of those without signal, and which those are."""
         flat = sum(not s.has_signal for s in scored)
-        taken = self._replay.take(flat, step) if self._config.select.replay and flat else []
+        drawn = self._replay.take(flat, step) if self._config.select.replay and flat else []
+        taken = [replace(s, stale=True) for s in drawn]
         kept = [s for s in scored if s.has_signal] if taken else list(scored)
         return [*kept, *taken], taken
 
@@ -169,8 +170,8 @@ class Teaching:
             for c in told["completions"]
         )
         request = RolloutRequest(prompt, len(completions), sampling, int(told["seed"]))
-        rest = (tuple(told[name]) for name in ("parts", "rewards", "advantages", "trained"))
-        return ScoredGroup(Group(request, completions), *rest)
+        parts, rewards, advantages, trained = (tuple(told[n]) for n in ("parts", "rewards", "advantages", "trained"))
+        return ScoredGroup(Group(request, completions), parts, rewards, advantages, trained)
 
 
 def highest_reward(config: Config, sample: Sample) -> float:

@@ -40,9 +40,10 @@ class RewardConfig(Section):
     """Weight of 1 - |error| of the predicted progress (task progress)."""
     choice: Literal["exact", "soft"] = "exact"
     """Of options: all right ones and no other (exact), or part of the right ones counts in part (soft, TW-GRPO)."""
-    overlap: Literal["tiou", "hull", "boundary", "iop"] = "tiou"
-    """Of spans: IoU of the merged sets, IoU of first spans over their hull (Temporal-R1's code), IoU times closeness of
-    both borders (Time-R1), or the part of the prediction that is inside."""
+    overlap: Literal["tiou", "merged", "hull", "boundary", "iop"] = "tiou"
+    """Of spans: IoU of the merged sets, the same but 0 where a span is the wrong way round (VideoChat-R1), IoU of first
+    spans over their hull (Temporal-R1's code), IoU times closeness of both borders (Time-R1), or the part of the
+    prediction that is inside."""
     open: Literal["rouge", "judge", "scorer"] = "rouge"
     """Of answers in own words: mean of ROUGE-1, -2 and -L, a judge over HTTP, or a small model in process."""
     shuffled: Weight = 0.0

@@ -110,7 +110,13 @@ def test_another_grammar_is_read(text, expected):
 
 @pytest.mark.parametrize(
     ("overlap", "expected"),
-    [("tiou", 2 / 6), ("hull", 2 / 4), ("boundary", 2 / 4 * (1 - 1 / 8) * (1 - 1 / 8)), ("iop", 2 / 6)],
+    [
+        ("tiou", 2 / 6),
+        ("merged", 2 / 6),
+        ("hull", 2 / 4),
+        ("boundary", 2 / 4 * (1 - 1 / 8) * (1 - 1 / 8)),
+        ("iop", 2 / 6),
+    ],
 )
 def test_kinds_of_overlap(overlap, expected):
     """One span of a video of 8 s is annotated, two of twice its length are predicted."""
@@ -118,6 +124,8 @@ def test_kinds_of_overlap(overlap, expected):
     text = "<answer>A</answer><glue>[(0.0, 4.0), (5.0, 7.0)]</glue>"
     assert earn(text, sample, overlap=overlap)["temporal"] == pytest.approx(expected)
     assert earn("<answer>A</answer>", sample, overlap=overlap)["temporal"] == 0
+    backwards = earn("<answer>A</answer><glue>[(0.0, 4.0), (7.0, 5.0)]</glue>", sample, overlap=overlap)["temporal"]
+    assert (backwards > 0) is (overlap != "merged")
 
 
 def test_part_of_the_right_letters_counts_in_part():

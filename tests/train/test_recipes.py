@@ -164,7 +164,13 @@ LEARNING = {
         "grpo.reduction": "sequence",
     },
     "video_thinker": {"reward.format": 1.0, "grpo.lr": 5e-06, "grpo.beta": 0.04, "grpo.reduction": "sequence"},
-    "videochat_r1": {"reward.format": 1.0, "grpo.steps": 2000, "grpo.beta": 0.04, "grpo.reduction": "sequence"},
+    "videochat_r1": {
+        "reward.overlap": "merged",
+        "reward.format": 1.0,
+        "grpo.steps": 2000,
+        "grpo.beta": 0.04,
+        "grpo.reduction": "sequence",
+    },
     "videohallu": {
         "reward.format": 1.0,
         "reward.open": "scorer",

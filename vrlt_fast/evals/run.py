@@ -227,9 +227,13 @@ def held_out(config: Config) -> list[Sample]:
 
 
 def answer_all(
-    config: Config, samples: Sequence[Sample], progress: Callable[[int, int], None] | None = None
+    config: Config,
+    samples: Sequence[Sample],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    split: str = "eval",
 ) -> Evaluation:
-    """:func:`evaluate` the model folder ``config.model.name`` on samples of ``config.data.eval``."""
+    """:func:`evaluate` the model folder ``config.model.name`` on samples of ``data.eval``, or ``data.train``."""
     lm = load_model(config.model, inspect_model(config.model.name), config.kernels.layers)
     count = 0
 
@@ -240,7 +244,7 @@ def answer_all(
             progress(count, len(samples))
 
     with ClipSource(config.video, lm.info.geometry, device=lm.device) as clips:
-        return evaluate(lm, samples, clips, config, root=data_root(config, "eval"), progress=tick)
+        return evaluate(lm, samples, clips, config, root=data_root(config, split), progress=tick)
 
 
 def raise_failed(result: Evaluation) -> None:

@@ -20,7 +20,7 @@ from vrlt_fast.rewards.base import Parts, Response, Reward
 from vrlt_fast.rewards.boxes import mean_iou, right_instance
 from vrlt_fast.rewards.choice import exact, soft
 from vrlt_fast.rewards.progress import progress
-from vrlt_fast.rewards.spans import boundary_iou, hull_iou, iop, tiou
+from vrlt_fast.rewards.spans import boundary_iou, hull_iou, iop, merged_iou, tiou
 
 OpenAnswer = Callable[[str, Sample], float]
 """What an answer in own words to a question earns, 0..1."""
@@ -109,7 +109,7 @@ def _span_part(task: str, reward: RewardConfig) -> _Part:
             return boundary_iou(spans, sample.spans, sample.duration)
 
     else:
-        measure = {"tiou": tiou, "hull": hull_iou, "iop": iop}[reward.overlap]
+        measure = {"tiou": tiou, "merged": merged_iou, "hull": hull_iou, "iop": iop}[reward.overlap]
 
         def overlap(spans: tuple[Span, ...], sample: Sample) -> float:
             return measure(spans, sample.spans)

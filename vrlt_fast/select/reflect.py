@@ -16,12 +16,10 @@ from vrlt_fast.config import Config
 from vrlt_fast.data.grammars.named import grammar
 from vrlt_fast.data.quarantine import write_quarantine
 from vrlt_fast.data.sample import Sample
-from vrlt_fast.data.splits import data_root, training_samples
+from vrlt_fast.data.splits import training_samples
 from vrlt_fast.errors import ConfigError, Problem, VrltError
-from vrlt_fast.evals.run import Evaluation, evaluate, raise_failed
-from vrlt_fast.model.load import inspect_model, load_model
+from vrlt_fast.evals.run import Evaluation, answer_all, raise_failed
 from vrlt_fast.select.curriculum import find_partial, reflection_prompt
-from vrlt_fast.video.source import ClipSource
 
 PARTIAL = "VRLT-L04"
 
@@ -79,14 +77,4 @@ def _answers(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     greedy = config.model_copy(update={"eval": config.eval.model_copy(update={"responses": 0})})
-    lm = load_model(config.model, inspect_model(config.model.name), config.kernels.layers)
-    done = 0
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress:
-            progress(done, len(questions))
-
-    with ClipSource(config.video, lm.info.geometry, device=lm.device) as clips:
-        return evaluate(lm, questions, clips, greedy, root=data_root(config, "train"), progress=tick)
+    return answer_all(greedy, questions, progress, split="train")

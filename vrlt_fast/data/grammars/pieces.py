@@ -31,7 +31,9 @@ _BOX = re.compile(rf"[\[(]{_CORNER},{_CORNER},{_CORNER},{_CORNER}[\])]")
 
 
 class Wording:
-    """The half of a grammar (:class:`vrlt_fast.data.grammars.base.Grammar`) that asks; a subclass a system."""
+    """The half of a grammar (:class:`vrlt_fast.data.grammars.base.Grammar`) that asks, and writes what is a thought and
+    an answer tag; a subclass a system.
+    """
 
     name: str
     asks: Mapping[str, str]
@@ -42,6 +44,15 @@ class Wording:
         """How to reply to this question. Raises as :meth:`check`."""
         self.check(sample)
         return (self.thinks if think else "") + self.asks[sample.task].replace("{times}", times(sample))
+
+    def body(self, sample: Sample) -> str:
+        """What fills the answer tag of the right response."""
+        return said(sample)
+
+    def write(self, sample: Sample, *, think: bool) -> str:
+        """The right response. Raises as :meth:`check`."""
+        self.check(sample)
+        return reply(sample, self.body(sample), think=think)
 
     def check(self, sample: Sample) -> None:
         """Raises DataError D14 for a sample whose right answer this grammar has no form for."""

@@ -22,11 +22,6 @@ class SeedBenchR1(pieces.Wording):
     thinks = "Write down your thinking between <think> and </think>. "
     single = True
 
-    def write(self, sample: Sample, *, think: bool) -> str:
-        """The right response. Raises as :meth:`check`."""
-        self.check(sample)
-        return pieces.reply(sample, pieces.said(sample), think=think)
-
     def read(self, text: str, sample: Sample, *, think: bool) -> Parsed:
         """What a response says."""
         text = pieces.readable(text)

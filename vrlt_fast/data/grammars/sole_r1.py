@@ -23,10 +23,9 @@ class SoleR1(pieces.Wording):
     name = "sole_r1"
     asks = _ASKS
 
-    def write(self, sample: Sample, *, think: bool) -> str:
-        """The right response. Raises as :meth:`check`."""
-        self.check(sample)
-        return pieces.reply(sample, pieces.percentage(sample), think=think)
+    def body(self, sample: Sample) -> str:
+        """What fills the answer tag of the right response."""
+        return pieces.percentage(sample)
 
     def read(self, text: str, sample: Sample, *, think: bool) -> Parsed:
         """What a response says."""

@@ -33,11 +33,10 @@ class StvgR1(pieces.Wording):
         "Think between <think> and </think> first: which times matter, and which of the numbered objects is meant. "
     )
 
-    def write(self, sample: Sample, *, think: bool) -> str:
-        """The right response. Raises as :meth:`check`."""
-        self.check(sample)
+    def body(self, sample: Sample) -> str:
+        """What fills the answer tag of the right response."""
         span = " to ".join(pieces.hull(sample.spans))
-        return pieces.reply(sample, f"Target ID: {sample.object_id}; Time range: {span}", think=think)
+        return f"Target ID: {sample.object_id}; Time range: {span}"
 
     def read(self, text: str, sample: Sample, *, think: bool) -> Parsed:
         """What a response says."""

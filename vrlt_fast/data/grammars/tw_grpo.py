@@ -23,11 +23,6 @@ class TwGrpo(pieces.Wording):
     name = "tw_grpo"
     asks = _ASKS
 
-    def write(self, sample: Sample, *, think: bool) -> str:
-        """The right response. Raises as :meth:`check`."""
-        self.check(sample)
-        return pieces.reply(sample, pieces.said(sample), think=think)
-
     def read(self, text: str, sample: Sample, *, think: bool) -> Parsed:
         """What a response says; letters in the order of the alphabet, each once."""
         text = pieces.readable(text)

@@ -30,11 +30,6 @@ class VideoR1(pieces.Wording):
         "your own reasoning. Put this between <think> and </think> first, then answer. "
     )
 
-    def write(self, sample: Sample, *, think: bool) -> str:
-        """The right response. Raises as :meth:`check`."""
-        self.check(sample)
-        return pieces.reply(sample, pieces.said(sample), think=think)
-
     def read(self, text: str, sample: Sample, *, think: bool) -> Parsed:
         """What a response says; for numbers only what is one of ASCII digits, commas included."""
         text = pieces.readable(text)
